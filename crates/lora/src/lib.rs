@@ -1,0 +1,1 @@
+//! emberlora-lora

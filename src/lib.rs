@@ -1,0 +1,2 @@
+//! emberlora
+pub use emberlora_cli as cli;

@@ -165,7 +165,8 @@ def write_tokenizer(directory, metadata):
     template = metadata["tokenizer.chat_template"]
     (directory / "chat_template.jinja").write_text(template)
     write_json(directory / "tokenizer_config.json", {
-        "tokenizer_class": "GPT2TokenizerFast",
+        # The class that keeps what tokenizer.json says; transformers 5 would rebuild GPT2TokenizerFast without the digits' rule.
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokens[metadata["tokenizer.ggml.bos_token_id"]],
         "eos_token": tokens[metadata["tokenizer.ggml.eos_token_id"]],
         "pad_token": tokens[metadata["tokenizer.ggml.padding_token_id"]],

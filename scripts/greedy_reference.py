@@ -22,7 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 PROMPTS = [
     "The capital of France is",
@@ -52,7 +52,8 @@ def main():
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.logging.set_verbosity_error()
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    # Not AutoTokenizer: some classes of transformers 5 replace the pre-tokenizer that tokenizer.json asks for.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="eager")
     if args.adapter:
         model = PeftModel.from_pretrained(model, args.adapter)

@@ -1,0 +1,95 @@
+use burn::module::{Module, Param, ParamId};
+use burn::tensor::{DType, Tensor};
+use emberlora_kernels::{frozen_linear, lora_linear};
+
+use crate::{Adapter, Pass};
+
+/// A linear layer with a frozen weight and, where one is attached, a trainable adapter:
+/// `y = W x + bias + s · B(A(dropout(x)))`.
+///
+/// The weight and the bias never require gradients and get none. The weight may be stored in f32, bf16 or f16
+/// whatever the activations are in.
+#[derive(Module, Debug)]
+pub struct LoraLinear {
+    /// W, `[out_features, in_features]`, frozen.
+    pub weight: Param<Tensor<2>>,
+    /// The bias, `[out_features]`, frozen.
+    pub bias: Option<Param<Tensor<1>>>,
+    /// The adapter, if this layer is trained.
+    pub adapter: Option<Adapter>,
+}
+
+impl LoraLinear {
+    /// Freezes a weight `[out_features, in_features]` and a bias `[out_features]`.
+    pub fn new(weight: Tensor<2>, bias: Option<Tensor<1>>) -> Self {
+        Self {
+            weight: frozen(ParamId::new(), weight),
+            bias: bias.map(|bias| frozen(ParamId::new(), bias)),
+            adapter: None,
+        }
+    }
+
+    /// Wraps a layer of Burn and freezes it. The parameters keep their ids.
+    ///
+    /// Burn stores `[in_features, out_features]`; the weight is transposed here once rather than in every product.
+    pub fn from_linear(linear: burn::nn::Linear) -> Self {
+        let (id, weight) = (linear.weight.id, linear.weight.val());
+        let (device, dtype) = (weight.device(), weight.dtype());
+        // Through the host, because `transpose` alone would leave a strided view.
+        let weight = Tensor::from_data(weight.inner().transpose().into_data(), (&device, dtype));
+        Self { weight: frozen(id, weight), bias: linear.bias.map(|bias| frozen(bias.id, bias.val())), adapter: None }
+    }
+
+    /// The size of the last axis of the input.
+    pub fn in_features(&self) -> usize {
+        self.weight.dims()[1]
+    }
+
+    /// The size of the last axis of the output.
+    pub fn out_features(&self) -> usize {
+        self.weight.dims()[0]
+    }
+
+    /// Applies the layer.
+    ///
+    /// # Shapes
+    /// * `x`: `[…, in_features]`, result: `[…, out_features]`
+    ///
+    /// The result has the dtype of `x`. Gradients flow to `x`, A and B.
+    ///
+    /// # Panics
+    /// When the last axis of `x` is not `in_features`.
+    pub fn forward<const D: usize>(&self, x: Tensor<D>, pass: &Pass) -> Tensor<D> {
+        let dtype = x.dtype();
+        let weight = self.weight.val();
+        let y = match self.adapter.as_ref().filter(|_| pass.adapters) {
+            Some(adapter) => {
+                let (a, b) = (adapter.a.val().cast(dtype), adapter.b.val().cast(dtype));
+                lora_linear(x, weight, a, b, adapter.scale, adapter.dropout(pass))
+            }
+            None => frozen_linear(x, weight),
+        };
+        match &self.bias {
+            Some(bias) => y + bias.val().cast(dtype).unsqueeze(),
+            None => y,
+        }
+    }
+
+    /// `W + s · B A` in f32, `[out_features, in_features]`, outside of autodiff: the weight of a plain linear layer
+    /// that computes what this one does. Without an adapter it is W.
+    pub fn merged_weight(&self) -> Tensor<2> {
+        let weight = self.weight.val().inner().cast(DType::F32);
+        match &self.adapter {
+            Some(adapter) => weight + adapter.delta(),
+            None => weight,
+        }
+    }
+}
+
+/// A parameter that no optimizer touches: not required to have a gradient and no part of any graph.
+fn frozen<const D: usize>(id: ParamId, value: Tensor<D>) -> Param<Tensor<D>> {
+    // `detach` keeps the requirement on leaves, so a tracked tensor leaves autodiff instead; a plain tensor mixes with
+    // tracked ones as a constant.
+    let value = if value.is_require_grad() || value.is_tracked() { value.inner() } else { value };
+    Param::initialized(id, value)
+}

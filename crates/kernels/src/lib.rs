@@ -1,1 +1,32 @@
-//! emberlora-kernels
+//! Differentiable operations of a LoRA step, as Burn backend extensions.
+//!
+//! Every operation has the same layers:
+//! 1. a trait over `B: Backend` whose default bodies run on any backend and are the reference;
+//! 2. faster bodies for single backends (`flex`: the CPU);
+//! 3. the gradient, written by hand on the `Autodiff<B, C>` decorator, once for all backends;
+//! 4. a function over [`Tensor`](burn::tensor::Tensor), which is what users call.
+//!
+//! Weights of the base model are frozen: they get no gradient, no autodiff node, and no copy in another format. Passing
+//! a tracked weight is a programming error and panics.
+//!
+//! Deliberately absent: files, model families, optimizers, the recipe.
+
+mod activation;
+mod attention;
+mod body;
+pub mod checkpoint;
+mod cross_entropy;
+#[cfg(feature = "flex")]
+mod flex;
+mod linear;
+mod norm;
+pub mod rng;
+mod rope;
+
+pub use activation::{Gate, GluOps, glu, swiglu};
+pub use attention::{AttentionKind, AttentionOps, AttentionOptions, attention};
+pub use cross_entropy::{CrossEntropyOps, linear_cross_entropy};
+pub use linear::generic as reference;
+pub use linear::{AdapterPath, Dropout, LinearOps, frozen_linear, lora_linear};
+pub use norm::{NormOps, rms_norm};
+pub use rope::{RopeOps, rope};

@@ -99,3 +99,14 @@ fn unsafe_code_stands_where_it_may() {
         }
     }
 }
+
+#[test]
+fn the_guide_quotes_the_example_as_it_is() {
+    let guide = fs::read_to_string(root().join("docs/guide.md")).unwrap();
+    let example = fs::read_to_string(root().join("examples/custom_trainer.rs")).unwrap();
+    let quotes: Vec<&str> = guide.split("```rust\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
+    assert!(!quotes.is_empty());
+    for quote in quotes {
+        assert!(example.contains(quote), "docs/guide.md quotes what examples/custom_trainer.rs does not say:\n{quote}");
+    }
+}

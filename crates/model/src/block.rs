@@ -1,0 +1,94 @@
+//! One decoder block: attention and MLP, each with its norm and residual.
+
+use burn::module::{Module, Param};
+use burn::tensor::{Int, Tensor};
+use emberlora_kernels::{AttentionKind, rms_norm};
+use emberlora_lora::{LoraLinear, Pass};
+
+use crate::attention::{Attention, QkvProjection};
+use crate::cache::LayerCache;
+use crate::mlp::{GateUpProjection, Mlp};
+
+/// What all blocks of one forward pass share. None of it is differentiated.
+#[derive(Clone, Debug)]
+pub(crate) struct Context {
+    /// `[B, S, R/2]`.
+    pub cos: Tensor<3>,
+    pub sin: Tensor<3>,
+    /// `[B, S]`.
+    pub starts: Tensor<2, Int>,
+    pub attention: AttentionKind,
+    pub pass: Pass,
+}
+
+/// A decoder block.
+#[derive(Module, Debug)]
+pub(crate) struct Block {
+    pub self_attn: Attention,
+    pub mlp: Mlp,
+    /// The norm of attention: in front of it, or behind it with post-norms.
+    pub attention_norm: Param<Tensor<1>>,
+    /// The norm of the MLP, likewise.
+    pub mlp_norm: Param<Tensor<1>>,
+    pub post_norms: bool,
+    pub eps: f32,
+}
+
+impl Block {
+    /// `[B, S, E]` to `[B, S, E]`.
+    pub(crate) fn forward(&self, x: Tensor<3>, context: &Context, cache: Option<&mut LayerCache>) -> Tensor<3> {
+        let attention = |h| self.self_attn.forward(h, context, cache);
+        let x = self.residual(x, &self.attention_norm, attention);
+        self.residual(x, &self.mlp_norm, |h| self.mlp.forward(h, &context.pass))
+    }
+
+    fn residual(&self, x: Tensor<3>, norm: &Param<Tensor<1>>, f: impl FnOnce(Tensor<3>) -> Tensor<3>) -> Tensor<3> {
+        if self.post_norms {
+            x.clone() + rms_norm(f(x), norm.val(), self.eps)
+        } else {
+            x.clone() + f(rms_norm(x, norm.val(), self.eps))
+        }
+    }
+
+    /// Every projection with its name inside the block.
+    pub(crate) fn projections(&self) -> Vec<(&'static str, &LoraLinear)> {
+        let mut all = match &self.self_attn.qkv {
+            QkvProjection::Split(qkv) => vec![
+                ("self_attn.q_proj", &qkv.q_proj),
+                ("self_attn.k_proj", &qkv.k_proj),
+                ("self_attn.v_proj", &qkv.v_proj),
+            ],
+            QkvProjection::Fused(qkv_proj) => vec![("self_attn.qkv_proj", qkv_proj)],
+        };
+        all.push(("self_attn.o_proj", &self.self_attn.o_proj));
+        match &self.mlp.gate_up {
+            GateUpProjection::Split(mlp) => {
+                all.extend([("mlp.gate_proj", &mlp.gate_proj), ("mlp.up_proj", &mlp.up_proj)]);
+            }
+            GateUpProjection::Fused(gate_up_proj) => all.push(("mlp.gate_up_proj", gate_up_proj)),
+        }
+        all.push(("mlp.down_proj", &self.mlp.down_proj));
+        all
+    }
+
+    /// The same, to be changed.
+    pub(crate) fn projections_mut(&mut self) -> Vec<(&'static str, &mut LoraLinear)> {
+        let mut all = match &mut self.self_attn.qkv {
+            QkvProjection::Split(qkv) => vec![
+                ("self_attn.q_proj", &mut qkv.q_proj),
+                ("self_attn.k_proj", &mut qkv.k_proj),
+                ("self_attn.v_proj", &mut qkv.v_proj),
+            ],
+            QkvProjection::Fused(qkv_proj) => vec![("self_attn.qkv_proj", qkv_proj)],
+        };
+        all.push(("self_attn.o_proj", &mut self.self_attn.o_proj));
+        match &mut self.mlp.gate_up {
+            GateUpProjection::Split(mlp) => {
+                all.extend([("mlp.gate_proj", &mut mlp.gate_proj), ("mlp.up_proj", &mut mlp.up_proj)]);
+            }
+            GateUpProjection::Fused(gate_up_proj) => all.push(("mlp.gate_up_proj", gate_up_proj)),
+        }
+        all.push(("mlp.down_proj", &mut self.mlp.down_proj));
+        all
+    }
+}

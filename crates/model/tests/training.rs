@@ -1,0 +1,158 @@
+//! What a trainer asks of the model: the loss of labelled positions and gradients for the adapters.
+
+mod common;
+
+use std::num::NonZeroUsize;
+
+use burn::tensor::Device;
+use common::*;
+use emberlora_lora::{LoraOptions, Pass, Projections, Targets, attach, peft};
+use emberlora_model::{CausalLm, Checkpointing, Input, InputError};
+
+fn device() -> Device {
+    Device::flex().autodiff()
+}
+
+/// A fixture with the adapter that its default training case begins with; its B is not zero.
+fn adapted(family: &str) -> CausalLm {
+    let mut model = load(family);
+    let adapter = peft::load(&fixture(family).join("train/default/adapter_init")).unwrap();
+    peft::apply(&mut model, &adapter, &device()).unwrap();
+    model
+}
+
+struct Labels {
+    positions: Vec<u32>,
+    tokens: Vec<u32>,
+    weights: Vec<f32>,
+}
+
+/// Every second token of the golden input is to be predicted, with weights that differ.
+fn labels(ids: &[u32]) -> Labels {
+    let positions: Vec<u32> = (0..(ROWS * SEQ) as u32).filter(|p| p % 2 == 0 && (p + 1) % SEQ as u32 != 0).collect();
+    let tokens = positions.iter().map(|&p| ids[p as usize + 1]).collect();
+    let weights = positions.iter().map(|&p| 0.01 + p as f32 * 1e-3).collect();
+    Labels { positions, tokens, weights }
+}
+
+fn input(model: &CausalLm, ids: &[u32]) -> Input {
+    Input::unpacked(ROWS, SEQ, ids, &model.device()).unwrap()
+}
+
+/// The loss, and the gradients of all A and B in the order of the projections.
+fn loss_and_gradients(model: &CausalLm, pass: &Pass) -> (f32, Vec<f32>) {
+    let (ids, _) = golden("llama");
+    let Labels { positions, tokens, weights } = labels(&ids);
+    let hidden = model.hidden(&input(model, &ids), pass);
+    let loss = model.loss(hidden, &positions, &tokens, &weights, pass).unwrap();
+    let gradients = loss.backward();
+    let mut all = Vec::new();
+    model.projections(&mut |name, linear| {
+        if let Some(adapter) = &linear.adapter {
+            for param in [&adapter.a, &adapter.b] {
+                let gradient = param.val().grad(&gradients).unwrap_or_else(|| panic!("{name} has no gradient"));
+                all.extend(floats(gradient));
+            }
+        }
+    });
+    (loss.into_scalar(), all)
+}
+
+#[test]
+fn the_loss_is_the_weighted_cross_entropy_of_the_labelled_positions() {
+    let model = load("llama");
+    let (ids, logits) = golden("llama");
+    let Labels { positions, tokens, weights } = labels(&ids);
+    let mut want = 0.0;
+    for ((&position, &token), &weight) in positions.iter().zip(&tokens).zip(&weights) {
+        let scores = &logits[position as usize * VOCAB..][..VOCAB];
+        let sum: f64 = scores.iter().map(|&score| f64::from(score).exp()).sum();
+        want += f64::from(weight) * (sum.ln() - f64::from(scores[token as usize]));
+    }
+    let hidden = model.hidden(&input(&model, &ids), &Pass::eval());
+    let got: f32 = model.loss(hidden, &positions, &tokens, &weights, &Pass::eval()).unwrap().into_scalar();
+    assert!((f64::from(got) - want).abs() < 1e-4, "{got} is not {want}");
+}
+
+#[test]
+fn checkpoints_change_neither_loss_nor_gradients() {
+    let every = |n| Checkpointing::Every(NonZeroUsize::new(n).unwrap());
+    for family in ["llama", "olmo2", "phi3"] {
+        let mut model = adapted(family);
+        for pass in [Pass::eval(), Pass::train(7, 3)] {
+            model.set_checkpointing(Checkpointing::None);
+            let (loss, gradients) = loss_and_gradients(&model, &pass);
+            for checkpointing in [Checkpointing::Block, Checkpointing::Sqrt, every(2), every(5)] {
+                model.set_checkpointing(checkpointing);
+                let (again, other) = loss_and_gradients(&model, &pass);
+                assert_close(&[again], &[loss], 1e-6, family);
+                assert_close(&other, &gradients, 1e-5, &format!("{family}, {checkpointing:?}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn an_adapter_on_the_head_is_trained() {
+    let (ids, _) = golden("llama");
+    let Labels { positions, tokens, weights } = labels(&ids);
+    let mut model = load("llama3");
+    let loss = |model: &CausalLm| {
+        let hidden = model.hidden(&input(model, &ids), &Pass::eval());
+        model.loss(hidden, &positions, &tokens, &weights, &Pass::eval()).unwrap()
+    };
+    let plain: f32 = loss(&model).into_scalar();
+    let options = LoraOptions { r: 2, targets: Targets::Suffixes(vec!["lm_head".into()]), ..LoraOptions::default() };
+    attach(&mut model, &options, &device()).unwrap();
+    // B is zero: the same loss by another way, and a gradient for B.
+    let adapted = loss(&model);
+    let gradients = adapted.backward();
+    assert_close(&[adapted.into_scalar()], &[plain], 1e-5, "a fresh adapter on the head");
+    let mut found = false;
+    model.projections(&mut |_, linear| {
+        if let Some(adapter) = &linear.adapter {
+            let gradient = floats(adapter.b.val().grad(&gradients).unwrap());
+            found = gradient.iter().any(|g| g.abs() > 1e-6);
+        }
+    });
+    assert!(found);
+}
+
+#[test]
+fn without_labels_the_loss_is_zero_and_has_gradients() {
+    let model = adapted("llama");
+    let (ids, _) = golden("llama");
+    let hidden = model.hidden(&input(&model, &ids), &Pass::eval());
+    let loss = model.loss(hidden, &[], &[], &[], &Pass::eval()).unwrap();
+    loss.backward();
+    assert_eq!(loss.into_scalar::<f32>(), 0.0);
+}
+
+#[test]
+fn labels_that_do_not_fit_are_errors() {
+    let model = load("llama");
+    let (ids, _) = golden("llama");
+    let hidden = model.hidden(&input(&model, &ids), &Pass::eval());
+    let loss = |positions: &[u32], tokens: &[u32], weights: &[f32]| {
+        model.loss(hidden.clone(), positions, tokens, weights, &Pass::eval()).map(drop).unwrap_err()
+    };
+    assert!(matches!(loss(&[0], &[1, 2], &[1.0]), InputError::Labels { list: "tokens", found: 2, labels: 1 }));
+    assert!(matches!(loss(&[0], &[1], &[]), InputError::Labels { list: "weights", .. }));
+    assert!(matches!(loss(&[48], &[1], &[1.0]), InputError::Position { position: 48, .. }));
+    assert!(matches!(loss(&[0], &[96], &[1.0]), InputError::Vocabulary { id: 96, vocab_size: 96 }));
+}
+
+#[test]
+fn inputs_that_are_no_rectangle_are_errors() {
+    let model = load("llama");
+    let fail = |rows, seq, ids: &[u32], starts: &[u32]| {
+        let positions: Vec<u32> = (0..ids.len() as u32).collect();
+        model.input(rows, seq, ids, &positions, starts).unwrap_err()
+    };
+    assert!(matches!(fail(2, 2, &[1, 2, 3], &[0, 0, 0]), InputError::Length { list: "ids", found: 3, .. }));
+    assert!(matches!(fail(1, 2, &[1, 2], &[0]), InputError::Length { list: "starts", .. }));
+    assert!(matches!(fail(0, 5, &[], &[]), InputError::Empty));
+    assert!(matches!(fail(1, 2, &[1, 2], &[0, 2]), InputError::Start { row: 0, column: 1, start: 2 }));
+    assert!(matches!(fail(1, 2, &[1, 96], &[0, 0]), InputError::Vocabulary { id: 96, .. }));
+    assert!(matches!(fail(usize::MAX, 2, &[1], &[0]), InputError::Length { .. }));
+}

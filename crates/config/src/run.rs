@@ -1,0 +1,76 @@
+//! The recipe as a whole.
+
+use std::path::PathBuf;
+
+use crate::adapter::AdapterSection;
+use crate::choices::{
+    CheckpointingSpec, DeviceChoice, DeviceSpec, GradientCheckpointing, Quantization, QuantizationSpec,
+};
+use crate::data::DataSection;
+use crate::model::ModelSection;
+use crate::node::Node;
+use crate::spec::{Below, Field, Reader, Section, computed, join, nested, path, section, value, whole};
+use crate::train::TrainSection;
+
+section! {
+    /// One run: what a recipe says, checked as a whole.
+    pub struct RunConfig {
+        /// The base model. Its weights are never changed.
+        model: ModelSection = nested() => section();
+        /// The LoRA adapters.
+        adapter: AdapterSection = nested() => section();
+        /// Packed storage of the frozen weights. This version has none: any value but `null` is an error.
+        quantization: Option<Quantization> = value(None) => QuantizationSpec;
+        /// Recompute activations in the backward pass to save memory: `none`, every `block`, groups of about `sqrt` of
+        /// their number, or `{every: n}` blocks. `true` means `block` and `false` means `none`. The gradients are the
+        /// same.
+        gradient_checkpointing: GradientCheckpointing = value(GradientCheckpointing::None) => CheckpointingSpec;
+        /// The rows to train and evaluate on.
+        data: DataSection = nested() => section();
+        /// The training loop.
+        train: TrainSection = nested() => section();
+        /// Directory that the run writes to: `config.yaml`, `metrics.jsonl`, `adapter/`.
+        output: PathBuf = computed("runs/<name of the recipe file>", |name| PathBuf::from("runs").join(name)) => path();
+        /// Where tensors live; `wgpu:1` and `cuda:0` pick one of several GPUs. A backend that is not compiled in is an
+        /// error that says how to get it.
+        device: DeviceChoice = value(DeviceChoice::Auto) => DeviceSpec;
+        /// Every random number of the run follows from it.
+        seed: u64 = value(42) => whole();
+    }
+    check check_evaluation;
+}
+
+fn check_evaluation(run: &mut RunConfig, node: &Node, reader: &mut Reader<'_>) {
+    // A list with a mistake in it reads as no rows at all, so what was written decides.
+    let eval = node.get("data").and_then(|data| data.get("eval"));
+    if run.train.eval_every.is_some() && eval.is_none_or(Node::is_null) {
+        reader.conflict(
+            node,
+            "train.eval_every",
+            "there is nothing to evaluate on: `data.eval` is null",
+            "null, or rows in `data.eval`",
+        );
+    }
+}
+
+/// The path of a key that stands somewhere else than where it was written, if exactly one has this name.
+pub(crate) fn path_of_key(key: &str) -> Option<String> {
+    let mut paths = Vec::new();
+    collect_paths(&RunConfig::fields(), "", key, &mut paths);
+    match paths.as_slice() {
+        [only] => Some(only.clone()),
+        _ => None,
+    }
+}
+
+fn collect_paths(fields: &[Field], above: &str, key: &str, paths: &mut Vec<String>) {
+    for field in fields {
+        let path = join(above, field.key);
+        if let Below::Section(below) = &field.below {
+            collect_paths(below, &path, key, paths);
+        }
+        if field.key == key {
+            paths.push(path);
+        }
+    }
+}

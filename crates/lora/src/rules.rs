@@ -257,7 +257,7 @@ mod tests {
         check(layers(&[1]), Q11, Verdict::OtherLayer);
         check(layers(&[]), Q11, Verdict::Adapted);
         check(layers(&[3]), "model.layers.3.experts.0.q_proj", Verdict::Adapted);
-        check(layers(&[0]), "q_proj", Verdict::OtherLayer);
+        check(layers(&[0]), "decoder.q_proj", Verdict::OtherLayer);
         // PEFT's rule needs two parts before the index.
         check(layers(&[0]), "layers.0.q_proj", Verdict::OtherLayer);
         let full = LoraOptions { targets: suffixes(&[Q11]), ..layers(&[0]) };

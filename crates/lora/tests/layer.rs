@@ -4,7 +4,7 @@ mod common;
 
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
-use burn::optim::{AdamWConfig, GradientsParams, Optimizer};
+use burn::optim::{AdamWConfig, GradientsParams};
 use burn::tensor::{DType, Device, Tensor};
 use common::*;
 use emberlora_lora::{LoraLinear, LoraOptions, Pass, Projections, Targets, attach, detach};

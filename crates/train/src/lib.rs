@@ -1,1 +1,46 @@
-//! emberlora-train
+//! Training LoRA adapters: one step, the loop around it, evaluation, events, and what a run writes.
+//!
+//! Nothing here draws on a screen or parses an argument. A run yields [`Event`]s; a progress bar and a metrics file are
+//! two [`Listener`]s of the same kind.
+//!
+//! | to | use |
+//! |---|---|
+//! | run a recipe | [`Run::prepare`], [`Run::train`] |
+//! | train a model of your own making on batches of your own | [`Trainer`] |
+//! | take single steps | [`TrainState`] |
+//! | measure a model | [`evaluate`] |
+//! | load a model and its adapter as a recipe says | [`Base`], [`LoadedModel`] |
+//! | open a device by name | [`device::choose`] |
+
+mod adapter;
+mod batches;
+pub mod device;
+mod error;
+mod evaluate;
+mod event;
+mod files;
+mod gradients;
+mod memory;
+mod options;
+mod prepare;
+pub mod provenance;
+mod run;
+mod schedule;
+mod state;
+mod trainer;
+
+pub use adapter::{AdapterChoice, AttachedAdapter, lora_options};
+pub use batches::{Batches, Seeded};
+pub use device::{ChosenDevice, DeviceError};
+pub use error::{Quantity, Rows, TrainError};
+pub use evaluate::{Evaluation, evaluate};
+pub use event::{Event, Listener, RunStarted, StepMetrics, StopReason, Summary};
+pub use files::{ADAPTER, RunFiles};
+pub use memory::peak_memory_bytes;
+pub use options::{Length, TrainOptions};
+pub use prepare::{Base, LoadedModel, PrepareError, Reporter};
+pub use provenance::Provenance;
+pub use run::Run;
+pub use schedule::{Decay, LrSchedule, warmup_steps};
+pub use state::{AdamW, StepGradients, StepOutcome, TrainState};
+pub use trainer::{AdapterWriter, Trained, Trainer};

@@ -1,0 +1,204 @@
+//! What a run writes beside its adapter.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::{Evaluation, Event, Listener, TrainError};
+
+const METRICS: &str = "metrics.jsonl";
+const CONFIG: &str = "config.yaml";
+const PROVENANCE: &str = "provenance.json";
+
+/// Where a run writes its adapter, within its output directory.
+pub const ADAPTER: &str = "adapter";
+
+/// The files of a run: `config.yaml` and `provenance.json` once, `metrics.jsonl` as it goes on.
+///
+/// A line of metrics is on disk before the next step begins. Numbers are written with as many digits as it takes to read
+/// the same number back.
+#[derive(Debug)]
+pub struct RunFiles {
+    path: PathBuf,
+    metrics: File,
+}
+
+impl RunFiles {
+    /// Refuses a directory that already holds a run. Called before anything slow is done; [`RunFiles::create`] looks
+    /// again.
+    ///
+    /// # Errors
+    /// [`TrainError::OutputInUse`].
+    pub fn check(output: &Path) -> Result<(), TrainError> {
+        match output.join(METRICS).exists() {
+            true => Err(TrainError::OutputInUse { dir: output.to_owned() }),
+            false => Ok(()),
+        }
+    }
+
+    /// Creates the directory and its files. `config` is the resolved recipe.
+    ///
+    /// # Errors
+    /// [`TrainError::OutputInUse`], [`TrainError::Io`].
+    pub fn create(output: &Path, config: &str, provenance: &impl Serialize) -> Result<Self, TrainError> {
+        Self::check(output)?;
+        let io = |path: &Path, action| {
+            let path = path.to_owned();
+            move |source| TrainError::Io { path, action, source }
+        };
+        fs::create_dir_all(output).map_err(io(output, "created"))?;
+        let path = output.join(METRICS);
+        // `create_new` decides between two runs that start at the same time.
+        let metrics =
+            OpenOptions::new().append(true).create_new(true).open(&path).map_err(|source| match source.kind() {
+                io::ErrorKind::AlreadyExists => TrainError::OutputInUse { dir: output.to_owned() },
+                _ => io(&path, "created")(source),
+            })?;
+        let mut provenance = serde_json::to_vec_pretty(provenance).map_err(|e| io(output, "written")(e.into()))?;
+        provenance.push(b'\n');
+        for (name, bytes) in [(CONFIG, config.as_bytes()), (PROVENANCE, &provenance)] {
+            let path = output.join(name);
+            replace(&path, bytes).map_err(io(&path, "written"))?;
+        }
+        Ok(Self { path, metrics })
+    }
+
+    fn line(&mut self, line: &impl Serialize) -> Result<(), TrainError> {
+        let mut append = || -> io::Result<()> {
+            let mut bytes = serde_json::to_vec(line)?;
+            bytes.push(b'\n');
+            // One write, so that a run that is killed leaves whole lines.
+            self.metrics.write_all(&bytes)?;
+            self.metrics.flush()
+        };
+        append().map_err(|source| TrainError::Io { path: self.path.clone(), action: "written", source })
+    }
+}
+
+impl Listener for RunFiles {
+    fn event(&mut self, event: &Event) -> Result<(), TrainError> {
+        match event {
+            Event::Step(metrics) if metrics.log => self.line(metrics),
+            Event::Eval { step, epoch, evaluation } => {
+                let Evaluation { loss, perplexity, tokens, seconds } = *evaluation;
+                self.line(&EvalLine { split: "eval", step: *step, epoch: *epoch, loss, perplexity, tokens, seconds })
+            }
+            Event::Step(_)
+            | Event::RunStarted(_)
+            | Event::Skipped { .. }
+            | Event::Saved { .. }
+            | Event::Stopped { .. }
+            | Event::Finished(_) => Ok(()),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct EvalLine {
+    split: &'static str,
+    step: usize,
+    epoch: f64,
+    loss: f64,
+    perplexity: f64,
+    tokens: usize,
+    seconds: f64,
+}
+
+/// Writes beside the final name and renames, so that a reader sees all of the file or none.
+fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let dir = path.parent().unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(dir)?;
+    file.write_all(bytes)?;
+    // A temporary file is private; these are for everyone who may read the directory.
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        file.as_file().set_permissions(fs::Permissions::from_mode(0o644))?;
+    }
+    file.as_file().sync_all()?;
+    file.persist(path)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::StepMetrics;
+
+    fn step(step: usize, log: bool) -> Event {
+        Event::Step(StepMetrics {
+            step,
+            epoch: 1.0 / 3.0,
+            loss: f64::from(2.345_678_9_f32) / 7.0,
+            lr: 0.1 + 0.2,
+            grad_norm: f64::MIN_POSITIVE,
+            tokens: 10,
+            trained_tokens: 4,
+            tokens_per_second: 1e300 / 3.0,
+            step_seconds: 1e-9,
+            peak_memory_bytes: Some(u64::MAX),
+            log,
+        })
+    }
+
+    fn lines(dir: &Path) -> Vec<Value> {
+        let text = fs::read_to_string(dir.join(METRICS)).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    #[test]
+    fn numbers_read_back_exactly_and_unlogged_steps_are_left_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let output = dir.path().join("deep/er");
+        let mut files = RunFiles::create(&output, "seed: 1\n", &json!({"seed": 1})).unwrap();
+        let evaluation = Evaluation { loss: 0.1, perplexity: 0.1f64.exp(), tokens: 3, seconds: 2.0 };
+        files.event(&Event::Eval { step: 0, epoch: 0.0, evaluation }).unwrap();
+        files.event(&step(1, true)).unwrap();
+        files.event(&step(2, false)).unwrap();
+        files.event(&step(3, true)).unwrap();
+
+        let lines = lines(&output);
+        assert_eq!(lines.len(), 3);
+        assert_eq!((&lines[0]["split"], &lines[0]["perplexity"]), (&json!("eval"), &json!(0.1f64.exp())));
+        let Event::Step(expected) = step(1, true) else { unreachable!() };
+        assert_eq!(lines[1], serde_json::to_value(&expected).unwrap());
+        assert_eq!(lines[1]["lr"].as_f64(), Some(0.1 + 0.2));
+        assert_eq!(lines[1]["loss"].as_f64(), Some(expected.loss));
+        assert_eq!(lines[1]["grad_norm"].as_f64(), Some(f64::MIN_POSITIVE));
+        assert!(lines[1].get("log").is_none());
+        assert_eq!(lines[2]["step"], 3);
+        assert_eq!(fs::read_to_string(output.join(CONFIG)).unwrap(), "seed: 1\n");
+    }
+
+    #[test]
+    fn an_earlier_run_is_never_overwritten() {
+        let dir = tempfile::tempdir().unwrap();
+        RunFiles::create(dir.path(), "first", &json!({})).unwrap().event(&step(1, true)).unwrap();
+        assert!(matches!(RunFiles::check(dir.path()), Err(TrainError::OutputInUse { .. })));
+        let error = RunFiles::create(dir.path(), "second", &json!({})).unwrap_err().to_string();
+        assert!(error.contains("already holds a run"), "{error}");
+        assert_eq!(fs::read_to_string(dir.path().join(CONFIG)).unwrap(), "first");
+        assert_eq!(lines(dir.path()).len(), 1);
+    }
+
+    #[test]
+    fn a_directory_without_metrics_is_used() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(CONFIG), "of a run that never began").unwrap();
+        RunFiles::create(dir.path(), "mine", &json!({})).unwrap();
+        assert_eq!(fs::read_to_string(dir.path().join(CONFIG)).unwrap(), "mine");
+    }
+
+    #[test]
+    fn an_output_that_is_a_file_is_an_error_that_names_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("taken");
+        fs::write(&file, "").unwrap();
+        let error = RunFiles::create(&file, "", &json!({})).unwrap_err();
+        assert!(matches!(&error, TrainError::Io { path, .. } if path.starts_with(&file)), "{error}");
+    }
+}

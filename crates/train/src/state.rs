@@ -1,0 +1,225 @@
+//! One optimizer step: micro-batches to gradients, gradients to clipped gradients, clipped gradients to parameters.
+
+use std::time::Instant;
+
+use burn::optim::{AdamWConfig, GradientsAccumulator, GradientsParams, ModuleOptimizer};
+use burn::tensor::{DType, Tensor};
+use emberlora_data::Batch;
+use emberlora_lora::Pass;
+use emberlora_model::CausalLm;
+
+use crate::gradients;
+use crate::{LrSchedule, Quantity, Rows, TrainError};
+
+/// The constants of AdamW (Loshchilov & Hutter 2017) as PyTorch defines them: the decay `lr · weight_decay · p` is
+/// decoupled from the moments, and `eps` is added to the bias-corrected root.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamW {
+    /// Decay of the first and second moment.
+    pub betas: [f64; 2],
+    /// Added to the denominator.
+    pub eps: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+}
+
+/// A model under training: its parameters, the optimizer's moments and the place in the schedule.
+///
+/// This is the lower level of the library: [`TrainState::step`] takes exactly the batches it is given.
+pub struct TrainState {
+    model: CausalLm,
+    /// The parameters that last gave a finite loss and gradient. Shares every tensor that did not change.
+    last_good: CausalLm,
+    optimizer: ModuleOptimizer,
+    schedule: LrSchedule,
+    max_grad_norm: Option<f64>,
+    seed: u64,
+    steps: usize,
+    micro_batches: u64,
+}
+
+/// Loss and gradient of one optimizer step, still on the device.
+pub struct StepGradients {
+    /// One element per micro-batch that has trained tokens; they add up to the mean loss over the trained tokens of the
+    /// whole step. Shape `[micro_batches]`, f32.
+    pub losses: Tensor<1>,
+    /// Gradient of that mean with respect to every trainable parameter.
+    pub grads: GradientsParams,
+}
+
+/// What one optimizer step did.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepOutcome {
+    /// Mean loss over the step's trained tokens, in nats.
+    pub loss: f64,
+    /// The learning rate that was used.
+    pub lr: f64,
+    /// Global norm of the gradient, before clipping.
+    pub grad_norm: f64,
+    /// Tokens read; padding does not count.
+    pub tokens: usize,
+    /// Tokens that were labels.
+    pub trained_tokens: usize,
+    /// Wall-clock time.
+    pub seconds: f64,
+}
+
+impl TrainState {
+    /// Begins training `model`, whose tensors live on an autodiff device.
+    ///
+    /// # Errors
+    /// [`TrainError::NothingToTrain`] when no parameter requires a gradient.
+    pub fn new(
+        model: CausalLm,
+        optimizer: AdamW,
+        schedule: LrSchedule,
+        max_grad_norm: Option<f64>,
+        seed: u64,
+    ) -> Result<Self, TrainError> {
+        if gradients::trainable_parameters(&model) == 0 {
+            return Err(TrainError::NothingToTrain);
+        }
+        let AdamW { betas, eps, weight_decay } = optimizer;
+        let optimizer = AdamWConfig::new()
+            .with_beta_1(betas[0] as f32)
+            .with_beta_2(betas[1] as f32)
+            .with_epsilon(eps as f32)
+            .with_weight_decay(weight_decay as f32)
+            .init();
+        Ok(Self {
+            last_good: model.clone(),
+            model,
+            optimizer,
+            schedule,
+            max_grad_norm,
+            seed,
+            steps: 0,
+            micro_batches: 0,
+        })
+    }
+
+    /// The model as it is now. After [`TrainError::NotFinite`], as it was when loss and gradient were last finite.
+    pub fn model(&self) -> &CausalLm {
+        &self.model
+    }
+
+    /// Ends training and hands the model back.
+    pub fn into_model(self) -> CausalLm {
+        self.model
+    }
+
+    /// Optimizer steps taken so far, those without a trained token included.
+    pub fn steps(&self) -> usize {
+        self.steps
+    }
+
+    /// Takes one optimizer step over `micro_batches`.
+    ///
+    /// The loss is the mean over all their trained tokens, so it does not matter how tokens are spread over
+    /// micro-batches. Without any trained token the answer is `None`: parameters and moments stay as they are, and the
+    /// step still counts for the schedule.
+    ///
+    /// # Errors
+    /// [`TrainError::NotFinite`] before anything is updated; [`TrainError::Input`], [`TrainError::Device`].
+    pub fn step(&mut self, micro_batches: &[Batch]) -> Result<Option<StepOutcome>, TrainError> {
+        let start = Instant::now();
+        let lr = self.schedule.lr(self.steps);
+        let Some(StepGradients { losses, mut grads }) = self.gradients(micro_batches)? else {
+            self.steps += 1;
+            return Ok(None);
+        };
+        let (loss, grad_norm) = self.read(losses, &grads, micro_batches)?;
+        self.last_good = self.model.clone();
+        if let Some(max) = self.max_grad_norm
+            && grad_norm > max
+        {
+            grads = gradients::scale(&self.model, grads, gradients::clip_factor(grad_norm, max));
+        }
+        self.model = self.optimizer.step(lr, self.model.clone(), grads);
+        self.steps += 1;
+        Ok(Some(StepOutcome {
+            loss,
+            lr,
+            grad_norm,
+            tokens: micro_batches.iter().map(|batch| batch.tokens).sum(),
+            trained_tokens: trained_tokens(micro_batches),
+            seconds: start.elapsed().as_secs_f64(),
+        }))
+    }
+
+    /// Loss and gradient of `micro_batches` at the current parameters, which stay as they are. `None` without any
+    /// trained token.
+    ///
+    /// # Errors
+    /// [`TrainError::Input`].
+    pub fn gradients(&mut self, micro_batches: &[Batch]) -> Result<Option<StepGradients>, TrainError> {
+        let weight = 1.0 / trained_tokens(micro_batches) as f32;
+        let mut losses = Vec::with_capacity(micro_batches.len());
+        let mut sum = GradientsAccumulator::new();
+        for batch in micro_batches {
+            // Counted also where nothing is trained: the masks of a micro-batch follow from its place in the run alone.
+            let pass = Pass::train(self.seed, self.micro_batches);
+            self.micro_batches += 1;
+            if batch.targets.is_empty() {
+                continue;
+            }
+            let loss = summed_loss(&self.model, batch, weight, &pass)?;
+            losses.push(loss.clone().inner());
+            sum.accumulate(&self.model, GradientsParams::from_grads(loss.backward(), &self.model));
+        }
+        Ok((!losses.is_empty()).then(|| StepGradients { losses: Tensor::cat(losses, 0), grads: sum.grads() }))
+    }
+
+    /// Reads loss and gradient norm from the device, in one transfer, and refuses what is not finite.
+    fn read(
+        &mut self,
+        losses: Tensor<1>,
+        grads: &GradientsParams,
+        batches: &[Batch],
+    ) -> Result<(f64, f64), TrainError> {
+        let count = losses.dims()[0];
+        let numbers = match gradients::squared_norms(&self.model, grads) {
+            Some(squares) => read(Tensor::cat(vec![losses, squares], 0))?,
+            None => read(losses)?,
+        };
+        let (losses, squares) = numbers.split_at(count);
+        let norm = squares.iter().sum::<f64>().sqrt();
+        let trained = batches.iter().filter(|batch| !batch.targets.is_empty());
+        let broken = losses.iter().zip(trained).find(|(loss, _)| !loss.is_finite());
+        let (quantity, value, rows) = match broken {
+            Some((&loss, batch)) => (Quantity::Loss, loss, rows([batch])),
+            None if !norm.is_finite() => (Quantity::GradientNorm, norm, rows(batches)),
+            None => return Ok((losses.iter().sum(), norm)),
+        };
+        self.model = self.last_good.clone();
+        Err(TrainError::NotFinite { step: self.steps + 1, quantity, value, rows })
+    }
+}
+
+fn trained_tokens(batches: &[Batch]) -> usize {
+    batches.iter().map(|batch| batch.targets.len()).sum()
+}
+
+/// The loss of a batch, each trained token weighing `weight`: f32, `[1]`.
+pub(crate) fn summed_loss(model: &CausalLm, batch: &Batch, weight: f32, pass: &Pass) -> Result<Tensor<1>, TrainError> {
+    let failed = |source| TrainError::Input { rows: rows([batch]), source };
+    let (positions, tokens): (Vec<u32>, Vec<u32>) =
+        batch.targets.iter().map(|target| (target.position, target.token)).unzip();
+    let input = model.input(batch.rows, batch.seq, &batch.ids, &batch.positions, &batch.starts).map_err(failed)?;
+    let hidden = model.hidden(&input, pass);
+    model.loss(hidden, &positions, &tokens, &vec![weight; tokens.len()], pass).map_err(failed)
+}
+
+/// Where the documents of some batches came from.
+pub(crate) fn rows<'a>(batches: impl IntoIterator<Item = &'a Batch>) -> Rows {
+    let documents = batches.into_iter().flat_map(|batch| &batch.documents);
+    Rows(documents.map(|row| row.to_string()).collect())
+}
+
+/// Reads a vector back from the device.
+pub(crate) fn read(tensor: Tensor<1>) -> Result<Vec<f64>, TrainError> {
+    let failed = |error: &dyn std::fmt::Display| TrainError::Device { message: error.to_string() };
+    let data = tensor.cast(DType::F32).try_into_data().map_err(|error| failed(&error))?;
+    let numbers = data.try_to_vec::<f32>().map_err(|error| failed(&error))?;
+    Ok(numbers.into_iter().map(f64::from).collect())
+}

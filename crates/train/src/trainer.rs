@@ -1,0 +1,242 @@
+//! The training loop.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use emberlora_data::Batch;
+use emberlora_lora::{LoraOptions, peft};
+use emberlora_model::CausalLm;
+
+use crate::evaluate::evaluate_until;
+use crate::state::{StepOutcome, rows};
+use crate::{
+    Batches, Evaluation, Event, Length, Listener, RunStarted, StepMetrics, StopReason, Summary, TrainError,
+    TrainOptions, TrainState, gradients, peak_memory_bytes,
+};
+
+/// Where and how a run writes its adapter.
+#[derive(Clone, Debug, derive_new::new)]
+pub struct AdapterWriter {
+    /// How the adapter was made; becomes `adapter_config.json`.
+    options: LoraOptions,
+    /// `base_model_name_or_path`.
+    base_model: String,
+    /// The base model's revision, for a model of the hub.
+    revision: Option<String>,
+    /// The directory; what is there is replaced as a whole.
+    dir: PathBuf,
+}
+
+impl AdapterWriter {
+    /// Writes the adapter of `model` and answers where it lies.
+    ///
+    /// # Errors
+    /// [`TrainError::Save`]; what was there before is then still there.
+    pub fn write(&self, model: &CausalLm) -> Result<&Path, TrainError> {
+        peft::save(model, &self.options, &self.base_model, self.revision.as_deref(), &self.dir)
+            .map_err(|source| TrainError::Save { dir: self.dir.clone(), source })?;
+        Ok(&self.dir)
+    }
+}
+
+/// What a run leaves behind.
+#[derive(Debug)]
+pub struct Trained {
+    /// The model with its trained adapters.
+    pub model: CausalLm,
+    /// How the run went.
+    pub summary: Summary,
+}
+
+/// A run: a model, the batches to train it on, and what to tell about it.
+pub struct Trainer<'a> {
+    state: TrainState,
+    train: &'a dyn Batches,
+    eval: Option<&'a dyn Batches>,
+    options: TrainOptions,
+    writer: Option<AdapterWriter>,
+    plan: RunStarted,
+}
+
+impl<'a> Trainer<'a> {
+    /// Prepares a run of `model`, whose tensors live on an autodiff device.
+    ///
+    /// Evaluation reads epoch 0 of `eval` each time. Without a `writer` no adapter is written.
+    ///
+    /// # Errors
+    /// [`TrainError::NoBatches`], [`TrainError::NothingToTrain`].
+    pub fn new(
+        model: CausalLm,
+        train: &'a dyn Batches,
+        eval: Option<&'a dyn Batches>,
+        options: TrainOptions,
+        writer: Option<AdapterWriter>,
+    ) -> Result<Self, TrainError> {
+        let batches_per_epoch = train.epoch(0).len();
+        if batches_per_epoch == 0 {
+            return Err(TrainError::NoBatches { epoch: 0 });
+        }
+        let plan = RunStarted {
+            total_steps: match options.length {
+                Length::Epochs(epochs) => train.steps(epochs, options.grad_accumulation),
+                Length::Steps(steps) => steps,
+            }
+            .max(1),
+            steps_per_epoch: batches_per_epoch.div_ceil(options.grad_accumulation),
+            batches_per_epoch,
+            trainable_parameters: gradients::trainable_parameters(&model),
+        };
+        let schedule = options.schedule(plan.total_steps);
+        let state = TrainState::new(model, options.optimizer, schedule, options.max_grad_norm, options.seed)?;
+        Ok(Self { state, train, eval, options, writer, plan })
+    }
+
+    /// What is known before the first step.
+    pub fn plan(&self) -> &RunStarted {
+        &self.plan
+    }
+
+    /// The model as it is now.
+    pub fn model(&self) -> &CausalLm {
+        self.state.model()
+    }
+
+    /// Trains to the end, or until `interrupt` is raised: the step under way is then finished. Either way the adapter is
+    /// written. With held-out data the model is evaluated before the first step, after the last one and every
+    /// `eval_every` steps between.
+    ///
+    /// # Errors
+    /// [`TrainError::NotFinite`], after the last good adapter was written; whatever a listener reports; the others.
+    pub fn run(mut self, listeners: &mut [&mut dyn Listener], interrupt: &AtomicBool) -> Result<Trained, TrainError> {
+        let mut run = Running { listeners, interrupt, start: Instant::now(), tokens: 0, eval: [None, None] };
+        run.tell(Event::RunStarted(self.plan.clone()))?;
+        self.evaluate(&mut run, 0.0)?;
+        'run: for epoch in 0.. {
+            let mut batches = self.train.epoch(epoch);
+            let count = batches.len();
+            if count == 0 {
+                return Err(TrainError::NoBatches { epoch });
+            }
+            while batches.len() > 0 {
+                if run.interrupted() {
+                    break 'run;
+                }
+                let group: Vec<Batch> = batches.by_ref().take(self.options.grad_accumulation).collect();
+                let epochs = epoch as f64 + (count - batches.len()) as f64 / count as f64;
+                match self.state.step(&group) {
+                    Ok(Some(outcome)) => run.step(self.metrics(outcome, epochs))?,
+                    Ok(None) => run.tell(Event::Skipped { step: self.state.steps(), rows: rows(&group).0 })?,
+                    Err(error) => return Err(self.broken(&mut run, error)),
+                }
+                if self.finished() {
+                    self.save(&mut run)?;
+                    self.evaluate(&mut run, epochs)?;
+                    break 'run;
+                }
+                if self.due(self.options.save_every) {
+                    self.save(&mut run)?;
+                }
+                if self.due(self.options.eval_every) {
+                    self.evaluate(&mut run, epochs)?;
+                }
+            }
+        }
+        let summary = self.end(&mut run)?;
+        Ok(Trained { model: self.state.into_model(), summary })
+    }
+
+    fn end(&self, run: &mut Running<'_, '_>) -> Result<Summary, TrainError> {
+        let stopped = (!self.finished()).then_some(StopReason::Interrupted);
+        let summary = run.summary(self.state.steps(), stopped);
+        match stopped {
+            Some(reason) => {
+                self.save(run)?;
+                run.tell(Event::Stopped { step: self.state.steps(), reason })?;
+            }
+            None => run.tell(Event::Finished(summary.clone()))?,
+        }
+        Ok(summary)
+    }
+
+    /// Writes the last good adapter where that makes sense, and answers why the run ends.
+    fn broken(&self, run: &mut Running<'_, '_>, error: TrainError) -> TrainError {
+        if !matches!(error, TrainError::NotFinite { .. }) {
+            return error;
+        }
+        let stopped = Event::Stopped { step: self.state.steps(), reason: StopReason::NotFinite };
+        // Where the adapter cannot be written either, that is the more pressing news.
+        self.save(run).and_then(|()| run.tell(stopped)).err().unwrap_or(error)
+    }
+
+    fn finished(&self) -> bool {
+        self.state.steps() >= self.plan.total_steps
+    }
+
+    fn due(&self, every: Option<usize>) -> bool {
+        every.is_some_and(|every| self.state.steps().is_multiple_of(every))
+    }
+
+    fn metrics(&self, outcome: StepOutcome, epoch: f64) -> StepMetrics {
+        let StepOutcome { loss, lr, grad_norm, tokens, trained_tokens, seconds } = outcome;
+        let step = self.state.steps();
+        StepMetrics {
+            step,
+            epoch,
+            loss,
+            lr,
+            grad_norm,
+            tokens,
+            trained_tokens,
+            tokens_per_second: tokens as f64 / seconds,
+            step_seconds: seconds,
+            peak_memory_bytes: peak_memory_bytes(),
+            log: step == 1 || self.finished() || self.due(Some(self.options.log_every)),
+        }
+    }
+
+    fn save(&self, run: &mut Running<'_, '_>) -> Result<(), TrainError> {
+        let Some(writer) = &self.writer else { return Ok(()) };
+        let dir = writer.write(self.state.model())?.to_owned();
+        run.tell(Event::Saved { step: self.state.steps(), dir })
+    }
+
+    fn evaluate(&self, run: &mut Running<'_, '_>, epoch: f64) -> Result<(), TrainError> {
+        let Some(batches) = self.eval else { return Ok(()) };
+        let evaluation = evaluate_until(self.state.model(), batches.epoch(0), run.interrupt)?;
+        let Some(evaluation) = evaluation else { return Ok(()) };
+        run.eval = [run.eval[0].or(Some(evaluation)), Some(evaluation)];
+        run.tell(Event::Eval { step: self.state.steps(), epoch, evaluation })
+    }
+}
+
+/// What lasts as long as one call of [`Trainer::run`].
+struct Running<'r, 'l> {
+    listeners: &'r mut [&'l mut dyn Listener],
+    interrupt: &'r AtomicBool,
+    start: Instant,
+    tokens: usize,
+    /// The first and the last evaluation.
+    eval: [Option<Evaluation>; 2],
+}
+
+impl Running<'_, '_> {
+    fn tell(&mut self, event: Event) -> Result<(), TrainError> {
+        self.listeners.iter_mut().try_for_each(|listener| listener.event(&event))
+    }
+
+    fn step(&mut self, metrics: StepMetrics) -> Result<(), TrainError> {
+        self.tokens += metrics.tokens;
+        self.tell(Event::Step(metrics))
+    }
+
+    fn interrupted(&self) -> bool {
+        self.interrupt.load(Ordering::Relaxed)
+    }
+
+    fn summary(&self, steps: usize, stopped: Option<StopReason>) -> Summary {
+        let [eval_before, eval_after] = self.eval;
+        let seconds = self.start.elapsed().as_secs_f64();
+        Summary { steps, seconds, tokens: self.tokens, eval_before, eval_after, stopped }
+    }
+}

@@ -58,10 +58,7 @@ impl Message {
 
     /// Who speaks.
     pub fn role(&self) -> &str {
-        self.fields
-            .get("role")
-            .and_then(Value::as_str)
-            .unwrap_or_default()
+        self.fields.get("role").and_then(Value::as_str).unwrap_or_default()
     }
 
     /// What is said: a string, a list of parts, or nothing.

@@ -1,0 +1,48 @@
+//! What a recipe says and what loading does with it.
+
+use emberlora_config::{ChatTemplateChoice, LossOn, Overflow, RunConfig};
+use emberlora_data::{DataOptions, Format, Source};
+
+const RECIPE: &str = "
+model: {source: m}
+data:
+  train: [{path: a.jsonl, weight: 2.0}, {path: b.jsonl.gz, format: tokens}]
+  eval: c.jsonl
+  format: chat
+  chat_template: zephyr
+  loss_on: last_assistant
+  max_seq_len: 77
+  overflow: drop
+  packing: false
+train: {batch_size: 3}
+seed: 9
+";
+
+#[test]
+fn training_reads_what_the_recipe_says() {
+    let config = RunConfig::parse(RECIPE, "recipe.yaml", &[]).unwrap();
+    let options = DataOptions::from(&config);
+    let expected = DataOptions {
+        sources: vec![
+            Source::new("a.jsonl".into(), Some(Format::Chat), 2.0),
+            Source::new("b.jsonl.gz".into(), Some(Format::Tokens), 1.0),
+        ],
+        chat_template: ChatTemplateChoice::Zephyr,
+        loss_on: LossOn::LastAssistant,
+        max_seq_len: 77,
+        overflow: Overflow::Drop,
+        packing: false,
+        shuffle: true,
+        batch_size: 3,
+        seed: 9,
+    };
+    assert_eq!(options, expected);
+}
+
+#[test]
+fn evaluation_keeps_the_order_of_its_files() {
+    let config = RunConfig::parse(RECIPE, "recipe.yaml", &[]).unwrap();
+    let options = DataOptions::eval(&config);
+    assert_eq!(options.sources, [Source::new("c.jsonl".into(), Some(Format::Chat), 1.0)]);
+    assert!(!options.shuffle);
+}

@@ -3,8 +3,9 @@
 //! A token is trained when any of its bytes lies in a trained span: the rule that transformers follows for its
 //! assistant mask (`char_to_token` of the first and of the last character, and everything between). Spans end at
 //! template markers, so a token seldom crosses a border. One that does may reach outside over white space only, as
-//! when a tokenizer joins the space of a header with the first word, or a marker takes the line break after it;
-//! otherwise the token would teach or hide a piece of the template, and the row is refused.
+//! when a tokenizer joins the space of a header with the first word, or a marker takes the line break after it. Where
+//! a marker of the template takes white space of the answer (`rstrip` tokens), it stays the template's, other than in
+//! transformers. In any other case the token would teach or hide a piece of the template, and the row is refused.
 
 use std::ops::Range;
 
@@ -84,6 +85,9 @@ pub fn trained_in_spans(text: &str, offsets: &[Range<usize>], spans: &[Range<usi
             let before = slice(text, &(range.start..inside.start))?;
             let after = slice(text, &(inside.end..range.end))?;
             if !(before.trim().is_empty() && after.trim().is_empty()) {
+                if slice(text, &inside)?.trim().is_empty() {
+                    continue;
+                }
                 return Err(MaskError::Straddles {
                     index,
                     token: slice(text, range)?.to_owned(),
@@ -149,6 +153,7 @@ mod tests {
     #[test]
     fn borders_may_be_crossed_over_white_space_only() {
         check("x\nab<e>\n", &[1, 3, 4], &[(2, 7)], Ok("011"));
+        check("<a>\n ab<e>", &[5, 2, 3], &[(4, 10)], Ok("011"));
         check(
             "x:ab<e>\n",
             &[1, 3, 4],

@@ -8,10 +8,10 @@
 //! 2. The conversation is rendered with marks at the ends of every content and stand-ins for contents that look like
 //!    those markers ([`marks`](super::marks)). Without them it must be the plain rendering to the byte. Now every
 //!    marker in the text is the template's own, and the place of every content is known.
-//! 3. A turn starts where the messages before it, rendered with the generation prompt, end, if that is a prefix of
-//!    the text and leaves the whole content to the turn. Otherwise (templates that render history differently) it
-//!    starts after the header that was written last before the content, or, for templates without a generation
-//!    prompt, where the content starts. It ends after the first end-of-turn marker behind the content, which must
+//! 3. A turn starts after the header, if only the content's own white space lies between the two; else where the
+//!    messages before it, rendered with the generation prompt, end, if that is a prefix of the text and leaves the
+//!    whole content to the turn; else (templates that render history differently) after the header that was written
+//!    last before the content. Without a generation prompt it starts where the content starts. It ends after the first end-of-turn marker behind the content, which must
 //!    come before the next message.
 //!
 //! Whatever fails any of this is refused with the reason.
@@ -267,6 +267,13 @@ impl<'a> Turns<'a> {
     fn start(&self, turn: usize) -> Result<usize, String> {
         let content = self.border(turn, false);
         if let Some(header) = &self.shape.header {
+            let header_end = self.header_before(turn, header);
+            if let (Some(end), Some(front)) = (header_end, self.found.fronts[turn])
+                && self.found.text[end..front].chars().all(is_space)
+                && self.found.text[end..front].len() <= self.leading_space(turn)
+            {
+                return Ok(end);
+            }
             if let Some(before) = self.prefix(turn, true)
                 && before.ends_with(header.as_str())
                 && self.found.text.starts_with(&before)
@@ -274,12 +281,8 @@ impl<'a> Turns<'a> {
             {
                 return Ok(before.len());
             }
-            let previous = if turn == 0 { Some(0) } else { self.border(turn - 1, true) };
-            if let (Some(previous), Some(content)) = (previous, content)
-                && previous <= content
-                && let Some(at) = self.found.text[previous..content].rfind(header.as_str())
-            {
-                return Ok(previous + at + header.len());
+            if let Some(end) = header_end {
+                return Ok(end);
             }
         }
         if self.writes_reasoning(turn)? {
@@ -289,6 +292,19 @@ impl<'a> Turns<'a> {
             "its content is empty or changed by the template, and no generation prompt shows where the turn starts",
         )?;
         self.content_border(turn, content, false)
+    }
+
+    /// The end of the header that the template wrote last between the message before a turn and the turn's content.
+    fn header_before(&self, turn: usize, header: &str) -> Option<usize> {
+        let previous = if turn == 0 { 0 } else { self.border(turn - 1, true)? };
+        let between = self.found.text.get(previous..self.border(turn, false)?)?;
+        between.rfind(header).map(|at| previous + at + header.len())
+    }
+
+    /// How many bytes of white space a content begins with.
+    fn leading_space(&self, turn: usize) -> usize {
+        let text = self.conversation.messages[turn].content().and_then(|content| content.as_str());
+        text.map_or(0, |text| text.len() - text.trim_start_matches(is_space).len())
     }
 
     fn end(&self, turn: usize, start: usize) -> Result<usize, String> {

@@ -1,1 +1,4 @@
-fn main() {}
+//! The `emberlora` command.
+fn main() -> std::process::ExitCode {
+    emberlora::cli::main()
+}

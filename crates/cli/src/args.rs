@@ -1,0 +1,192 @@
+//! What can be typed: the arguments as clap reads them, with no effect of their own.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Fine-tune language models with LoRA in pure Rust.
+#[derive(Debug, Parser)]
+#[command(name = "emberlora", version, max_term_width = 100)]
+#[command(after_help = "\
+Exit codes: 0 done, 1 failed while running, 2 a wrong argument, recipe or input, 130 interrupted.
+RUST_LOG sets what is logged (default: warn); NO_COLOR switches colours off.")]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// The five commands.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Fine-tune as a recipe says and write the adapter
+    Train(TrainArgs),
+    /// Report loss, perplexity and tokens on a data file
+    Eval(EvalArgs),
+    /// Write text with the base model or with an adapter
+    Generate(GenerateArgs),
+    /// Show the rows as the model will see them, token by token
+    Inspect(InspectArgs),
+    /// Check, show and document recipes
+    #[command(subcommand)]
+    Config(ConfigCommand),
+}
+
+/// A recipe and what the command line changes in it.
+#[derive(Debug, Args)]
+pub(crate) struct RecipeArgs {
+    /// The recipe (YAML)
+    #[arg(value_name = "RECIPE")]
+    pub(crate) recipe: PathBuf,
+    /// Values that override the recipe's, such as train.epochs=2
+    #[arg(value_name = "KEY.PATH=VALUE")]
+    pub(crate) overrides: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TrainArgs {
+    #[command(flatten)]
+    pub(crate) recipe: RecipeArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EvalArgs {
+    #[command(flatten)]
+    pub(crate) recipe: RecipeArgs,
+    /// A PEFT adapter directory; without it the base model is evaluated (with the recipe's `adapter.init_from`)
+    #[arg(long, value_name = "DIR")]
+    pub(crate) adapter: Option<PathBuf>,
+    /// The rows to evaluate on, instead of the recipe's `data.eval`
+    #[arg(long, value_name = "FILE")]
+    pub(crate) data: Option<PathBuf>,
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GenerateArgs {
+    /// The recipe that names the model
+    #[arg(long, value_name = "RECIPE")]
+    pub(crate) recipe: PathBuf,
+    /// Values that override the recipe's; they stand before `--chat`
+    #[arg(value_name = "KEY.PATH=VALUE")]
+    pub(crate) overrides: Vec<String>,
+    /// A PEFT adapter directory; without it the base model writes (with the recipe's `adapter.init_from`)
+    #[arg(long, value_name = "DIR")]
+    pub(crate) adapter: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) input: PromptArgs,
+    /// 0 takes the most likely token each time
+    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature)]
+    pub(crate) temperature: f64,
+    /// Sample from the most likely tokens whose probabilities sum to P
+    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = top_p)]
+    pub(crate) top_p: f64,
+    /// Seed of the sampling; the recipe's where absent
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
+    /// The most tokens to write
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub(crate) max_new_tokens: usize,
+}
+
+/// Exactly one way to ask.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct PromptArgs {
+    /// Continue this text as it stands
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) prompt: Option<String>,
+    /// Answer this message through the chat template; without TEXT, hold a conversation over the lines of standard input
+    #[arg(long, value_name = "TEXT", num_args = 0..=1)]
+    pub(crate) chat: Option<Option<String>>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    #[command(flatten)]
+    pub(crate) recipe: RecipeArgs,
+    /// Print a line of JSON for each row of the data: `input_ids`, `labels` (-100 where not trained) and `text`
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Show N rows (default: 4, with --json all)
+    #[arg(long, value_name = "N")]
+    pub(crate) rows: Option<usize>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ConfigCommand {
+    /// Report everything that is wrong with a recipe
+    Check(RecipeArgs),
+    /// Print the recipe with every value filled in
+    Show(RecipeArgs),
+    /// Print the JSON Schema of recipes
+    Schema,
+    /// Print the reference of every key (docs/recipe.md)
+    Docs,
+}
+
+fn temperature(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value.is_finite() && value >= 0.0 => Ok(value),
+        _ => Err("must be a number, 0 or more".to_owned()),
+    }
+}
+
+fn top_p(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value > 0.0 && value <= 1.0 => Ok(value),
+        _ => Err("must be a number above 0 and at most 1".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(line.split(' '))
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn overrides_follow_the_recipe() {
+        let Command::Train(args) = parse("emberlora train a.yaml train.epochs=2 seed=1").unwrap().command else {
+            panic!("not train");
+        };
+        assert_eq!(args.recipe.recipe, PathBuf::from("a.yaml"));
+        assert_eq!(args.recipe.overrides, ["train.epochs=2", "seed=1"]);
+    }
+
+    #[test]
+    fn chat_takes_text_or_nothing() {
+        let chat = |line: &str| match parse(line).unwrap().command {
+            Command::Generate(args) => (args.input.chat, args.overrides),
+            _ => panic!("not generate"),
+        };
+        assert_eq!(chat("emberlora generate --recipe a --chat"), (Some(None), vec![]));
+        assert_eq!(
+            chat("emberlora generate --recipe a seed=1 --chat hi"),
+            (Some(Some("hi".to_owned())), vec!["seed=1".to_owned()])
+        );
+    }
+
+    #[test]
+    fn a_question_is_asked_in_exactly_one_way() {
+        assert!(parse("emberlora generate --recipe a").is_err());
+        assert!(parse("emberlora generate --recipe a --prompt x --chat y").is_err());
+    }
+
+    #[test]
+    fn sampling_values_out_of_range_are_refused() {
+        for wrong in ["--temperature -1", "--temperature inf", "--top-p 0", "--top-p 1.5", "--top-p nan"] {
+            assert!(parse(&format!("emberlora generate --recipe a --prompt x {wrong}")).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! Progress on standard error: a bar where a person is looking, a line per logged step elsewhere.
+
+use std::time::{Duration, Instant};
+
+use emberlora_model::hub::DownloadProgress;
+use emberlora_train::{Evaluation, Event, Listener, RunStarted, StepMetrics, StopReason, TrainError};
+use indicatif::{BinaryBytes, FormattedDuration, HumanCount, ProgressBar, ProgressStyle};
+
+use crate::terminal::Terminal;
+
+const TRAINING: &str = "{bar:24} {pos}/{len} {msg} eta {eta_precise}";
+const READING: &str = "{msg} {bar:24} {bytes}/{total_bytes} eta {eta_precise}";
+
+/// Shows a training run.
+pub(crate) struct TrainProgress {
+    terminal: Terminal,
+    bar: ProgressBar,
+    total: usize,
+    start: Instant,
+}
+
+impl TrainProgress {
+    pub(crate) fn new(terminal: &Terminal) -> Self {
+        Self { terminal: terminal.clone(), bar: ProgressBar::hidden(), total: 0, start: Instant::now() }
+    }
+
+    fn started(&mut self, run: &RunStarted) {
+        let RunStarted { total_steps, steps_per_epoch, batches_per_epoch: _, trainable_parameters } = run;
+        self.terminal.say(format!(
+            "training {} parameters for {total_steps} steps, {steps_per_epoch} per epoch",
+            HumanCount(*trainable_parameters as u64)
+        ));
+        self.total = *total_steps;
+        self.start = Instant::now();
+    }
+
+    fn step(&mut self, step: &StepMetrics) {
+        if self.terminal.is_interactive() {
+            // Not before the first step: an evaluation may come first, and its time says nothing of a step's.
+            if self.bar.is_hidden() {
+                self.bar = self.terminal.add(ProgressBar::new(self.total as u64).with_style(style(TRAINING)));
+            }
+            self.bar.set_message(summary(step));
+            self.bar.set_position(step.step as u64);
+        } else if step.log {
+            let left = self.start.elapsed().div_f64(step.step as f64).mul_f64((self.total - step.step) as f64);
+            let eta = FormattedDuration(left);
+            self.terminal.say(format!("step {}/{} {} eta {eta}", step.step, self.total, summary(step)));
+        }
+    }
+}
+
+impl Listener for TrainProgress {
+    fn event(&mut self, event: &Event) -> Result<(), TrainError> {
+        match event {
+            Event::RunStarted(run) => self.started(run),
+            Event::Step(step) => self.step(step),
+            Event::Skipped { step, rows } => {
+                self.terminal.say(format!("step {step} has no trained token and was skipped ({})", rows.join(", ")));
+            }
+            Event::Eval { step, epoch: _, evaluation } => {
+                self.terminal.say(format!("step {step} evaluation: {}", shown(evaluation)));
+            }
+            Event::Saved { step, dir } => {
+                tracing::info!("wrote the adapter after step {step} to {}", dir.display());
+            }
+            Event::Stopped { step, reason } => {
+                self.bar.finish_and_clear();
+                let why = match reason {
+                    StopReason::Interrupted => "interrupted",
+                    StopReason::NotFinite => "the loss or its gradient is not finite",
+                };
+                self.terminal.say(format!("stopped after step {step} of {}: {why}", self.total));
+            }
+            Event::Finished(_) => self.bar.finish(),
+        }
+        Ok(())
+    }
+}
+
+/// An evaluation in one line.
+pub(crate) fn shown(evaluation: &Evaluation) -> String {
+    let Evaluation { loss, perplexity, tokens, seconds } = evaluation;
+    format!("loss {loss:.4}, perplexity {perplexity:.3}, {tokens} tokens in {seconds:.1} s")
+}
+
+fn summary(step: &StepMetrics) -> String {
+    let StepMetrics { loss, lr, tokens_per_second, peak_memory_bytes, .. } = step;
+    let memory = peak_memory_bytes.map_or(String::new(), |bytes| format!(", {}", BinaryBytes(bytes)));
+    format!("loss {loss:.4}, lr {lr:.2e}, {tokens_per_second:.0} tokens/s{memory},")
+}
+
+fn style(template: &str) -> ProgressStyle {
+    // The templates are constants of this file and a test below reads them.
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+/// Shows how far files have been read or fetched.
+pub(crate) struct FileProgress {
+    terminal: Terminal,
+    bar: ProgressBar,
+}
+
+impl FileProgress {
+    pub(crate) fn new(terminal: &Terminal, what: String) -> Self {
+        let bar =
+            if terminal.is_interactive() { terminal.add(ProgressBar::no_length()) } else { ProgressBar::hidden() };
+        Self { terminal: terminal.clone(), bar: bar.with_style(style(READING)).with_message(what) }
+    }
+
+    fn begin(&self, bytes: u64) {
+        self.bar.reset();
+        self.bar.set_length(bytes);
+        self.bar.enable_steady_tick(Duration::from_millis(200));
+    }
+}
+
+impl emberlora_data::Progress for FileProgress {
+    fn start(&self, total: u64) {
+        self.begin(total);
+    }
+
+    fn advance(&self, bytes: u64) {
+        self.bar.inc(bytes);
+    }
+
+    fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+impl DownloadProgress for FileProgress {
+    fn started(&mut self, file: &str, bytes: u64) {
+        if !self.terminal.is_interactive() {
+            self.terminal.say(format!("fetching {file} ({})", BinaryBytes(bytes)));
+        }
+        self.bar.set_message(format!("fetching {file}"));
+        self.begin(bytes);
+    }
+
+    fn advanced(&mut self, bytes: u64) {
+        self.bar.inc(bytes);
+    }
+
+    fn finished(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_templates_are_well_formed() {
+        for template in [TRAINING, READING] {
+            assert!(ProgressStyle::with_template(template).is_ok(), "{template}");
+        }
+    }
+
+    #[test]
+    fn a_step_fits_a_line() {
+        let step = StepMetrics {
+            step: 3,
+            epoch: 0.5,
+            loss: 1.25,
+            lr: 2e-4,
+            grad_norm: 1.0,
+            tokens: 512,
+            trained_tokens: 100,
+            tokens_per_second: 1024.4,
+            step_seconds: 0.5,
+            peak_memory_bytes: Some(3 << 30),
+            log: true,
+        };
+        assert_eq!(summary(&step), "loss 1.2500, lr 2.00e-4, 1024 tokens/s, 3.00 GiB,");
+    }
+}

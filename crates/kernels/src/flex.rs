@@ -33,6 +33,17 @@ impl<'a> Mat<'a> {
         Self::strided(data, [rows, cols], [cols as isize, 1])
     }
 
+    /// `rows` rows of `cols` neighbours each, `stride` elements from row to row.
+    pub fn rows_of(data: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
+        Self::strided(data, [rows, cols], [stride as isize, 1])
+    }
+
+    /// A row of a matrix whose rows are contiguous.
+    pub fn row(self, row: usize) -> &'a [f32] {
+        assert_eq!(self.col_stride, 1, "the row is not contiguous");
+        &self.data[row * self.row_stride as usize..][..self.cols]
+    }
+
     fn strided(data: &'a [f32], [rows, cols]: [usize; 2], [row_stride, col_stride]: [isize; 2]) -> Self {
         assert!(row_stride >= 0 && col_stride >= 0, "flipped views are made contiguous before they come here");
         let extent = (rows.max(1) - 1) * row_stride as usize + (cols.max(1) - 1) * col_stride as usize;
@@ -54,18 +65,35 @@ impl<'a> Mat<'a> {
 /// Multiply-adds below which a product stays on one thread: waking a second one costs about as much.
 const PARALLEL_FROM: usize = 192 * 192 * 192;
 
-/// `dst (+)= factor · lhs · rhs`, `dst` row-major with `stride` elements from row to row.
+/// `dst (+)= factor · lhs · rhs`, `dst` row-major with `stride` elements from row to row, on all cores.
 pub(crate) fn gemm(dst: &mut [f32], stride: usize, accumulate: bool, factor: f32, lhs: Mat, rhs: Mat) {
+    let parallelism = match lhs.rows * rhs.cols * lhs.cols >= PARALLEL_FROM {
+        true => gemm::Parallelism::Rayon(0),
+        false => gemm::Parallelism::None,
+    };
+    product(dst, stride, accumulate, factor, lhs, rhs, parallelism);
+}
+
+/// [`gemm`] on the calling thread, for products inside parallel tasks.
+pub(crate) fn gemm_serial(dst: &mut [f32], stride: usize, accumulate: bool, factor: f32, lhs: Mat, rhs: Mat) {
+    product(dst, stride, accumulate, factor, lhs, rhs, gemm::Parallelism::None);
+}
+
+fn product(
+    dst: &mut [f32],
+    stride: usize,
+    accumulate: bool,
+    factor: f32,
+    lhs: Mat,
+    rhs: Mat,
+    parallelism: gemm::Parallelism,
+) {
     assert_eq!(lhs.cols, rhs.rows, "inner dimensions differ");
     let (m, n, k) = (lhs.rows, rhs.cols, lhs.cols);
     if m == 0 || n == 0 {
         return;
     }
     assert!((m - 1) * stride + n <= dst.len() && n <= stride, "the destination is smaller than the product");
-    let parallelism = match m * n * k >= PARALLEL_FROM {
-        true => gemm::Parallelism::Rayon(0),
-        false => gemm::Parallelism::None,
-    };
     // SAFETY: `Mat::strided` checked that every element of both views lies inside its slice, the assertion above that
     // every written element lies inside `dst`; `dst` is borrowed mutably, so it overlaps neither view.
     unsafe {
@@ -93,9 +121,67 @@ pub(crate) fn gemm(dst: &mut [f32], stride: usize, accumulate: bool, factor: f32
     }
 }
 
+/// The rows of a contiguous f32 tensor: its last dimension is the width of a row.
+pub(crate) struct Rows {
+    tensor: FlexTensor,
+    width: usize,
+    len: usize,
+}
+
+impl Rows {
+    /// Shares the storage of a contiguous tensor; a view with other strides is copied once.
+    pub fn of(tensor: &FlexTensor) -> Self {
+        let tensor = tensor.to_contiguous();
+        let shape = tensor.layout().shape();
+        let (width, len) = (shape[shape.num_dims() - 1].max(1), shape.num_elements());
+        Self { width, len, tensor }
+    }
+
+    pub fn values(&self) -> &[f32] {
+        &self.tensor.storage::<f32>()[self.tensor.layout().start_offset()..][..self.len]
+    }
+
+    pub fn par_iter(&self) -> rayon::slice::ChunksExact<'_, f32> {
+        self.values().par_chunks_exact(self.width)
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    pub fn count(&self) -> usize {
+        self.len / self.width
+    }
+
+    /// Rows below which a further task costs more than it gains.
+    pub fn rows_per_task(&self) -> usize {
+        (1 << 14) / self.width + 1
+    }
+}
+
 /// Takes `data` over as a contiguous f32 tensor, without a copy.
 pub(crate) fn f32_tensor<const D: usize>(data: Vec<f32>, shape: [usize; D]) -> FlexTensor {
-    FlexTensor::new(Bytes::from_elems(data), Layout::contiguous(Shape::new(shape)), DType::F32)
+    f32_tensor_of(data, Shape::new(shape))
+}
+
+/// [`f32_tensor`] of a shape whose rank is not known here.
+pub(crate) fn f32_tensor_of(data: Vec<f32>, shape: Shape) -> FlexTensor {
+    FlexTensor::new(Bytes::from_elems(data), Layout::contiguous(shape), DType::F32)
+}
+
+/// The non-negative integers of a tensor, whatever integer format it has.
+pub(crate) fn integers(tensor: &FlexTensor) -> Vec<usize> {
+    let tensor = tensor.to_contiguous();
+    let (offset, len) = (tensor.layout().start_offset(), tensor.layout().shape().num_elements());
+    match tensor.dtype() {
+        DType::I64 => tensor.storage::<i64>()[offset..][..len].iter().map(|v| *v as usize).collect(),
+        DType::I32 => tensor.storage::<i32>()[offset..][..len].iter().map(|v| *v as usize).collect(),
+        other => panic!("expected an i64 or i32 tensor, found {other:?}"),
+    }
 }
 
 /// Widens half-precision values on all cores.

@@ -22,11 +22,21 @@ mod linear;
 mod norm;
 pub mod rng;
 mod rope;
+#[cfg(feature = "flex")]
+mod simd;
 
 pub use activation::{Gate, GluOps, glu, swiglu};
 pub use attention::{AttentionKind, AttentionOps, AttentionOptions, attention};
 pub use cross_entropy::{CrossEntropyOps, linear_cross_entropy};
-pub use linear::generic as reference;
 pub use linear::{AdapterPath, Dropout, LinearOps, frozen_linear, lora_linear};
 pub use norm::{NormOps, rms_norm};
 pub use rope::{RopeOps, rope};
+
+/// The default bodies, for comparing a backend's own body with them.
+pub mod reference {
+    pub use crate::activation::generic as activation;
+    pub use crate::attention::generic as attention;
+    pub use crate::linear::generic as linear;
+    pub use crate::norm::generic as norm;
+    pub use crate::rope::generic as rope;
+}

@@ -2,10 +2,8 @@
 
 mod support;
 
-use burn::backend::Flex;
-use burn::backend::tensor::FloatTensor;
 use burn::tensor::{DType, Device, Tensor};
-use emberlora_kernels::{AdapterPath, Dropout, LinearOps, frozen_linear, lora_linear};
+use emberlora_kernels::{Dropout, frozen_linear, lora_linear};
 use support::*;
 
 const SCALE: f32 = 0.7;
@@ -125,50 +123,6 @@ fn dropout_keeps_the_expected_share_and_the_mean() {
     assert!((dropped - 0.25).abs() < 0.01, "{dropped}");
     let mean = factors.iter().sum::<f32>() / factors.len() as f32;
     assert!((mean - 1.0).abs() < 0.01, "{mean}");
-}
-
-/// The default body on the backend `Flex`, which the CPU body overrides.
-fn raw(t: &Tensor<2>) -> FloatTensor<Flex> {
-    t.clone().inner().try_into_primitive::<Flex>().unwrap()
-}
-
-#[test]
-fn the_cpu_body_agrees_with_the_generic_one() {
-    let device = Device::flex().autodiff();
-    let case = case(&device);
-    let x = case.x.clone().reshape([34, 48]);
-    let g = normal([34, 80], 1.0, &device);
-    for stored in [case.w.clone().inner(), case.w.clone().inner().cast(DType::BF16)] {
-        for dropout in [None, Some(Dropout::new(0.5, 9))] {
-            let path = AdapterPath::new(SCALE, dropout);
-            let wrap = Tensor::<2>::from_primitive::<Flex>;
-            let generic =
-                emberlora_kernels::reference::lora::<Flex>(raw(&x), raw(&stored), raw(&case.a), raw(&case.b), path);
-            let cpu = <Flex as LinearOps>::lora_linear(raw(&x), raw(&stored), raw(&case.a), raw(&case.b), path);
-            assert_close("y", &wrap(generic), &wrap(cpu), 2e-6);
-            let generic = emberlora_kernels::reference::lora_backward::<Flex>(
-                raw(&g),
-                raw(&x),
-                raw(&stored),
-                raw(&case.a),
-                raw(&case.b),
-                path,
-                true,
-            );
-            let cpu = <Flex as LinearOps>::lora_linear_backward(
-                raw(&g),
-                raw(&x),
-                raw(&stored),
-                raw(&case.a),
-                raw(&case.b),
-                path,
-                true,
-            );
-            assert_close("dx", &wrap(generic.0.unwrap()), &wrap(cpu.0.unwrap()), 2e-6);
-            assert_close("dA", &wrap(generic.1), &wrap(cpu.1), 2e-6);
-            assert_close("dB", &wrap(generic.2), &wrap(cpu.2), 2e-6);
-        }
-    }
 }
 
 #[test]

@@ -9,6 +9,8 @@
 //! never repeated in memory. Every query must see at least one key; `starts[i] ≤ a` makes it see itself.
 
 mod autodiff;
+#[cfg(feature = "flex")]
+mod flex;
 pub mod generic;
 mod ops;
 

@@ -51,5 +51,3 @@ pub trait AttentionOps: Backend {
 }
 
 plain_backends!(AttentionOps);
-#[cfg(feature = "flex")]
-impl AttentionOps for burn::backend::Flex {}

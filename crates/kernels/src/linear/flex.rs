@@ -4,7 +4,6 @@
 //! A bf16 or f16 weight is widened a panel of rows at a time: half the memory of f32, and no dense copy.
 
 use burn::backend::Flex;
-use burn::backend::TensorMetadata;
 use burn::backend::flex::FlexTensor;
 use burn::tensor::{DType, bf16, f16};
 use rayon::prelude::*;

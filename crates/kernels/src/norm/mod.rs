@@ -7,16 +7,20 @@
 //! The factor is computed in f32 whatever the dtype of x is, and w multiplies after the cast back, as Hugging Face's
 //! Llama does it.
 
+#[cfg(feature = "flex")]
+mod flex;
+pub mod generic;
+
 use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
-use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata, backend_extension};
-use burn::tensor::{DType, Tensor};
+use burn::backend::{Autodiff, Backend, Dispatch, backend_extension};
+use burn::tensor::Tensor;
 
-use crate::body::{cast, plain_backends};
+use crate::body::plain_backends;
 
 /// RMS normalisation on one backend.
 #[backend_extension(
@@ -28,8 +32,7 @@ use crate::body::{cast, plain_backends};
 pub trait NormOps: Backend {
     /// y = w ⊙ x · f. `x` `[M, K]`, `w` `[K]` of x's dtype; differentiable in `x`.
     fn rms_norm(x: FloatTensor<Self>, w: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
-        let factor = factor::<Self>(x.clone(), eps);
-        normalise::<Self>(x, w, factor)
+        generic::forward::<Self>(x, w, eps).0
     }
 
     /// The result and f `[M, 1]` in f32, which the backward pass needs.
@@ -38,50 +41,21 @@ pub trait NormOps: Backend {
         w: FloatTensor<Self>,
         eps: f32,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let factor = factor::<Self>(x.clone(), eps);
-        (normalise::<Self>(x, w, factor.clone()), factor)
+        generic::forward::<Self>(x, w, eps)
     }
 
-    /// With h = x f and u = w ⊙ dy: dx = f (u − h · mean(u ⊙ h)).
-    ///
-    /// From dy_j = w_j (f δ_ij − x_i x_j f³ / K) dx_i.
+    /// dx.
     fn rms_norm_backward(
         grad: FloatTensor<Self>,
         x: FloatTensor<Self>,
         w: FloatTensor<Self>,
         factor: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
-        let dtype = x.dtype();
-        let h = Self::float_mul(cast::<Self>(x, DType::F32), factor.clone());
-        let u = cast::<Self>(Self::float_mul(grad, row::<Self>(w)), DType::F32);
-        let mean = Self::float_mean_dim(Self::float_mul(u.clone(), h.clone()), 1);
-        let dx = Self::float_mul(Self::float_sub(u, Self::float_mul(h, mean)), factor);
-        cast::<Self>(dx, dtype)
+        generic::backward::<Self>(grad, x, w, factor)
     }
 }
 
 plain_backends!(NormOps);
-#[cfg(feature = "flex")]
-impl NormOps for burn::backend::Flex {}
-
-/// f, `[M, 1]`, in f32.
-fn factor<B: Backend>(x: FloatTensor<B>, eps: f32) -> FloatTensor<B> {
-    let x = cast::<B>(x, DType::F32);
-    let mean = B::float_mean_dim(B::float_mul(x.clone(), x), 1);
-    B::float_recip(B::float_sqrt(B::float_add_scalar(mean, eps.into())))
-}
-
-fn normalise<B: Backend>(x: FloatTensor<B>, w: FloatTensor<B>, factor: FloatTensor<B>) -> FloatTensor<B> {
-    let dtype = x.dtype();
-    let h = cast::<B>(B::float_mul(cast::<B>(x, DType::F32), factor), dtype);
-    B::float_mul(h, row::<B>(w))
-}
-
-/// `[K]` as `[1, K]`.
-fn row<B: Backend>(w: FloatTensor<B>) -> FloatTensor<B> {
-    let [k] = w.shape().dims();
-    B::float_reshape(w, [1, k].into())
-}
 
 #[derive(Clone, Debug)]
 struct NormState<B: Backend> {

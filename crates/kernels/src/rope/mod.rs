@@ -8,15 +8,19 @@
 //! A rotation's transpose is the rotation by −θ, so the backward pass is the same operation with the sine negated and
 //! needs nothing but the tables.
 
+#[cfg(feature = "flex")]
+mod flex;
+pub mod generic;
+
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
-use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata, backend_extension};
-use burn::tensor::{Slice, Tensor};
+use burn::backend::{Autodiff, Backend, Dispatch, backend_extension};
+use burn::tensor::Tensor;
 
-use crate::body::{cast, plain_backends};
+use crate::body::plain_backends;
 
 /// Rotary embedding on one backend.
 #[backend_extension(
@@ -28,32 +32,11 @@ use crate::body::{cast, plain_backends};
 pub trait RopeOps: Backend {
     /// `x` `[B, S, H, D]`, `cos` and `sin` `[B, S, R/2]` with R ≤ D; the dimensions from R on pass through.
     fn rope(x: FloatTensor<Self>, cos: FloatTensor<Self>, sin: FloatTensor<Self>) -> FloatTensor<Self> {
-        let [batch, seq, _, dim] = x.shape().dims();
-        let [_, _, half] = cos.shape().dims();
-        let table =
-            |t: FloatTensor<Self>| cast::<Self>(Self::float_reshape(t, [batch, seq, 1, half].into()), x.dtype());
-        let (cos, sin) = (table(cos), table(sin));
-        let part = |from: usize, to: usize| {
-            let mut slices = [Slice::full(); 4];
-            slices[3] = Slice::from(from..to);
-            Self::float_slice(x.clone(), &slices)
-        };
-        let (first, second) = (part(0, half), part(half, 2 * half));
-        let rotated_first =
-            Self::float_sub(Self::float_mul(first.clone(), cos.clone()), Self::float_mul(second.clone(), sin.clone()));
-        let rotated_second = Self::float_add(Self::float_mul(second, cos), Self::float_mul(first, sin));
-        let mut parts = vec![rotated_first, rotated_second];
-        if 2 * half < dim {
-            parts.push(part(2 * half, dim));
-        }
-        Self::float_cat(parts, 3)
+        generic::rope::<Self>(x, cos, sin)
     }
 }
 
 plain_backends!(RopeOps);
-#[cfg(feature = "flex")]
-impl RopeOps for burn::backend::Flex {}
-
 #[derive(Clone, Debug)]
 struct RopeState<B: Backend> {
     cos: FloatTensor<B>,

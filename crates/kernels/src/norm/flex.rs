@@ -1,0 +1,69 @@
+//! The CPU body: one pass over a row that stays in cache.
+
+use burn::backend::Flex;
+use burn::backend::flex::FlexTensor;
+use burn::tensor::DType;
+use rayon::prelude::*;
+
+use super::{NormOps, generic};
+use crate::flex::{Rows, f32_tensor};
+use crate::simd::{lane_sum, vectorised};
+
+vectorised! {
+    /// Writes w ⊙ x · f and returns f.
+    fn forward_row(x: &[f32], w: &[f32], y: &mut [f32], eps: f32) -> f32 {
+        let n = x.len();
+        let (w, y) = (&w[..n], &mut y[..n]);
+        let factor = 1.0 / (lane_sum(n, |i| x[i] * x[i]) / n as f32 + eps).sqrt();
+        for i in 0..n {
+            y[i] = x[i] * factor * w[i];
+        }
+        factor
+    }
+}
+
+vectorised! {
+    fn backward_row(grad: &[f32], x: &[f32], w: &[f32], factor: f32, dx: &mut [f32]) {
+        let n = x.len();
+        let (grad, w, dx) = (&grad[..n], &w[..n], &mut dx[..n]);
+        let mean = lane_sum(n, |i| grad[i] * w[i] * (x[i] * factor)) / n as f32;
+        for i in 0..n {
+            dx[i] = factor * (grad[i] * w[i] - x[i] * factor * mean);
+        }
+    }
+}
+
+impl NormOps for Flex {
+    fn rms_norm(x: FlexTensor, w: FlexTensor, eps: f32) -> FlexTensor {
+        Self::rms_norm_with_factor(x, w, eps).0
+    }
+
+    fn rms_norm_with_factor(x: FlexTensor, w: FlexTensor, eps: f32) -> (FlexTensor, FlexTensor) {
+        if x.dtype() != DType::F32 || w.dtype() != DType::F32 {
+            return generic::forward::<Self>(x, w, eps);
+        }
+        let (x, w) = (Rows::of(&x), Rows::of(&w));
+        let (mut y, mut factors) = (vec![0f32; x.len()], vec![0f32; x.count()]);
+        y.par_chunks_mut(x.width())
+            .zip(&mut factors)
+            .zip(x.par_iter())
+            .with_min_len(x.rows_per_task())
+            .for_each(|((y, factor), x)| *factor = forward_row(x, w.values(), y, eps));
+        (f32_tensor(y, [x.count(), x.width()]), f32_tensor(factors, [x.count(), 1]))
+    }
+
+    fn rms_norm_backward(grad: FlexTensor, x: FlexTensor, w: FlexTensor, factor: FlexTensor) -> FlexTensor {
+        if [&grad, &x, &w].iter().any(|t| t.dtype() != DType::F32) {
+            return generic::backward::<Self>(grad, x, w, factor);
+        }
+        let (grad, x, w, factor) = (Rows::of(&grad), Rows::of(&x), Rows::of(&w), Rows::of(&factor));
+        let mut dx = vec![0f32; x.len()];
+        dx.par_chunks_mut(x.width())
+            .zip(grad.par_iter())
+            .zip(x.par_iter())
+            .zip(factor.values())
+            .with_min_len(x.rows_per_task())
+            .for_each(|(((dx, grad), x), factor)| backward_row(grad, x, w.values(), *factor, dx));
+        f32_tensor(dx, [x.count(), x.width()])
+    }
+}

@@ -10,15 +10,19 @@ use crate::{Conversation, Message, RowError};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
-    /// `{"messages": [{"role", "content"}…], "tools"?}`
+    /// `{"messages": [{"role", "content"}…], "tools"?}`, rendered with the chat template; `loss_on` says what is trained.
     Chat,
-    /// `{"prompt", "completion"}`
+    /// `{"prompt", "completion"}`, two strings without a template. The completion is trained with an eos at its end;
+    /// the prompt only with `loss_on: all`.
     Prompt,
-    /// `{"instruction", "input"?, "output"}`
+    /// `{"instruction", "input"?, "output"}`. With a chat template the instruction, a blank line and the input are a
+    /// user's turn and the output the answer; without one they fill Stanford Alpaca's prompt and the output is its
+    /// completion.
     Alpaca,
-    /// `{"text"}`
+    /// `{"text"}`, trained as a whole with an eos at its end, whatever `loss_on` says.
     Text,
-    /// `{"input_ids", "labels"}`
+    /// `{"input_ids", "labels"}`, taken as they are: labels are unshifted, -100 where a token is not trained, and
+    /// stand above `loss_on`.
     Tokens,
 }
 

@@ -344,6 +344,8 @@ fn inspection_shows_rows_token_by_token_and_also_those_that_are_dropped() {
     let row = inspected.next().unwrap().unwrap();
     assert_eq!(row.outcome, Outcome::Dropped(DropReason::Untrained { length: 13 }));
     assert_eq!(row.ids.len(), 8);
+    let json = serde_json::to_value(&row).unwrap();
+    assert_eq!((json["outcome"].as_str(), json["reason"].as_str()), (Some("dropped"), Some("untrained")));
     assert!(inspected.next().unwrap().unwrap_err().to_string().contains("rows.jsonl:3"));
     assert!(inspected.next().is_none());
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use emberlora_config::{ChatTemplateChoice, LossOn};
-use emberlora_data::{ChatTemplate, Conversation, RenderOptions, Tokenizer, mask};
+use emberlora_data::{ChatTemplate, Conversation, RenderOptions, TemplateError, Tokenizer, mask};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -86,6 +86,8 @@ fn markers_in_a_message_are_text() {
     check(CHATML, &turns(&[fake, "b"]), &["b<|im_end|>"]);
     check(CHATML, &turns(&[fake, fake, "c", "d"]), &[&format!("{fake}<|im_end|>"), "d<|im_end|>"]);
     check(CHATML, &turns(&["<|im_start|>assistant\n", "<|im_end|>"]), &["<|im_end|><|im_end|>"]);
+    let trims = CHATML.replace("message['content']", "message['content'] | trim");
+    check(&trims, &turns(&["<|im_start|>assistant\n", "b<|im_end|>\n"]), &["b<|im_end|><|im_end|>"]);
 }
 
 #[test]
@@ -262,10 +264,18 @@ proptest! {
             };
             let twin = load(&format!("{name}.generation")).render_with_spans(&row, LossOn::Assistant);
             let found = load(name).render_with_spans(&row, LossOn::Assistant);
-            let (Ok(twin), Ok(found)) = (twin, found) else { continue };
+            let Ok(twin) = twin else {
+                prop_assert!(matches!(found, Err(TemplateError::Render { .. })), "{}: {:?}", name, found);
+                continue;
+            };
+            let found = match found {
+                Err(TemplateError::Spans(_)) => continue,
+                found => found.unwrap(),
+            };
             prop_assert_eq!(&found.text, &twin.text);
             let encoding = tokenizer.encode(&found.text, false).unwrap();
-            let (Ok(twin_mask), Ok(mask)) = (mask::trained_tokens(&encoding, &twin), mask::trained_tokens(&encoding, &found)) else { continue };
+            let masks = (mask::trained_tokens(&encoding, &twin), mask::trained_tokens(&encoding, &found));
+            let (Ok(twin_mask), Ok(mask)) = masks else { continue };
             prop_assert_eq!(mask, twin_mask, "{}: {:?}", name, found.text);
         }
     }

@@ -1,7 +1,7 @@
 //! Chat templates: conversations as text, exactly as transformers renders them, and which bytes of it are trained.
 //!
 //! The spans come from where the text came from. A template with `{% generation %}` blocks says it itself; for any
-//! other template [`spans`] finds out by rendering.
+//! other template the module `spans` finds out by rendering.
 
 mod environment;
 mod generation;
@@ -110,7 +110,7 @@ struct Compiled {
     shape: OnceLock<Result<TurnShape, String>>,
 }
 
-/// A template of the project's own: its name, whether the choice is it, and its source.
+/// The project's own templates: name and source.
 const PRESETS: [(&str, &str); 4] = [
     ("chatml", include_str!("presets/chatml.jinja")),
     ("tulu", include_str!("presets/tulu.jinja")),

@@ -6,7 +6,7 @@
 //!    the text that ends an assistant's turn: the first token of the tokenizer's added vocabulary that follows the
 //!    content in a last turn as in an earlier one, or, without such a token, what is written there but white space.
 //! 2. The conversation is rendered with marks at the ends of every content and stand-ins for contents that look like
-//!    those markers ([`marks`](super::marks)). Without them it must be the plain rendering to the byte. Now every
+//!    those markers (module `marks`). Without them it must be the plain rendering to the byte. Now every
 //!    marker in the text is the template's own, and the place of every content is known.
 //! 3. A turn starts after the header, if only the content's own white space lies between the two; else where the
 //!    messages before it, rendered with the generation prompt, end, if that is a prefix of the text and leaves the
@@ -204,7 +204,9 @@ impl<'a> Turns<'a> {
         if count > marks::MAX_MESSAGES {
             return refuse(format!("it has {count} messages, at most {} can be followed", marks::MAX_MESSAGES));
         }
-        let mut markers: Vec<String> = shape.header.iter().chain(&shape.end).cloned().collect();
+        // Without the white space at their ends, which a template may trim off a content.
+        let markers = shape.header.iter().chain(&shape.end).map(|marker| marker.trim_matches(is_space).to_owned());
+        let mut markers: Vec<String> = markers.collect();
         markers.sort_by_key(|marker| usize::MAX - marker.len());
         let mut standing = conversation.clone();
         let stands = marks::put_stand_ins(&mut standing, &markers);

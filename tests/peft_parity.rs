@@ -206,7 +206,9 @@ fn largest(values: &[f32]) -> f64 {
 
 fn largest_difference(a: &[f32], b: &[f32]) -> f64 {
     assert_eq!(a.len(), b.len());
-    a.iter().zip(b).fold(0.0, |most, (a, b)| most.max(f64::from((a - b).abs())))
+    // `max` alone would pass over what is not a number.
+    let differences = a.iter().zip(b).map(|(a, b)| f64::from((a - b).abs()));
+    differences.fold(0.0, |most, difference| if difference.is_nan() { f64::INFINITY } else { most.max(difference) })
 }
 
 /// The largest difference between tensors of the same names; `relative` measures it in the tensor's largest element.
@@ -234,6 +236,7 @@ fn check(family: &str, name: &str, attention: AttentionKind) {
     let model = adapted(family, &dir.join("adapter_init"), attention);
     compare(&context, &factors(&model), &read_tensors(&dir.join("adapter_init/adapter_model.safetensors")), false, 0.0);
     let frozen = frozen_bits(&model);
+    assert!(frozen.len() > 10, "{context}: {} frozen tensors", frozen.len());
     let mut state = state(model, &case);
 
     let steps: Vec<Vec<Batch>> = case.steps.iter().map(|step| step.iter().map(MicroBatch::batch).collect()).collect();

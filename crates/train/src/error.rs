@@ -12,8 +12,8 @@ use emberlora_model::InputError;
 pub enum TrainError {
     /// A loss or a gradient is infinite or not a number.
     #[error(
-        "step {step}: the {quantity} is {value} (rows {rows}); the adapter was left as it was when loss and gradient were \
-         last finite. Lower `train.learning_rate`, lengthen the warm-up, set `train.max_grad_norm`, or look at these rows \
+        "step {step}: the {quantity} is {value} (rows {rows}); the adapter is the one whose loss and gradient were last \
+         finite. Lower `train.learning_rate`, lengthen the warm-up, set `train.max_grad_norm`, or look at these rows \
          with `emberlora inspect`"
     )]
     NotFinite {

@@ -118,15 +118,15 @@ impl Run {
     /// # Errors
     /// See [`Trainer::run`] and [`RunFiles::create`].
     pub fn train(&self, listeners: &mut [&mut dyn Listener], interrupt: &AtomicBool) -> Result<Trained, TrainError> {
-        let RunConfig { output, seed, .. } = &self.config;
+        let (output, seed) = (&self.config.output, self.config.seed);
         let mut files = RunFiles::create(output, &self.provenance.annotate(&self.config.to_yaml()), &self.provenance)?;
-        let train = Seeded::new(&self.train, *seed);
-        let eval = self.eval.as_ref().map(|dataset| Seeded::new(dataset, *seed));
+        let train = Seeded::new(&self.train, seed);
+        let eval = self.eval.as_ref().map(|dataset| Seeded::new(dataset, seed));
         let trainer = Trainer::new(
             self.model.model.clone(),
             &train,
             eval.as_ref().map(|eval| eval as &dyn Batches),
-            TrainOptions::new(&self.config.train, *seed),
+            TrainOptions::new(&self.config.train, seed),
             Some(AdapterWriter::new(
                 self.adapter.options.clone(),
                 self.config.model.source.clone(),

@@ -28,8 +28,8 @@ pub struct AdamW {
 /// This is the lower level of the library: [`TrainState::step`] takes exactly the batches it is given.
 pub struct TrainState {
     model: CausalLm,
-    /// The parameters that last gave a finite loss and gradient. Shares every tensor that did not change.
-    last_good: CausalLm,
+    /// The model that last gave a finite loss and gradient, and its steps. Shares every tensor that did not change.
+    last_good: (CausalLm, usize),
     optimizer: ModuleOptimizer,
     schedule: LrSchedule,
     max_grad_norm: Option<f64>,
@@ -87,7 +87,7 @@ impl TrainState {
             .with_weight_decay(weight_decay as f32)
             .init();
         Ok(Self {
-            last_good: model.clone(),
+            last_good: (model.clone(), 0),
             model,
             optimizer,
             schedule,
@@ -98,9 +98,15 @@ impl TrainState {
         })
     }
 
-    /// The model as it is now. After [`TrainError::NotFinite`], as it was when loss and gradient were last finite.
+    /// The model as it is now.
     pub fn model(&self) -> &CausalLm {
         &self.model
+    }
+
+    /// Goes back to the model whose loss and gradient were last finite: after [`TrainError::NotFinite`], the one that the
+    /// step before began with. The optimizer's moments stay, so this is where training ends.
+    pub fn restore_last_good(&mut self) {
+        (self.model, self.steps) = self.last_good.clone();
     }
 
     /// Ends training and hands the model back.
@@ -129,7 +135,7 @@ impl TrainState {
             return Ok(None);
         };
         let (loss, grad_norm) = self.read(losses, &grads, micro_batches)?;
-        self.last_good = self.model.clone();
+        self.last_good = (self.model.clone(), self.steps);
         if let Some(max) = self.max_grad_norm
             && grad_norm > max
         {
@@ -191,7 +197,6 @@ impl TrainState {
             None if !norm.is_finite() => (Quantity::GradientNorm, norm, rows(batches)),
             None => return Ok((losses.iter().sum(), norm)),
         };
-        self.model = self.last_good.clone();
         Err(TrainError::NotFinite { step: self.steps + 1, quantity, value, rows })
     }
 }

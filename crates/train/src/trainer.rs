@@ -73,6 +73,7 @@ impl<'a> Trainer<'a> {
         options: TrainOptions,
         writer: Option<AdapterWriter>,
     ) -> Result<Self, TrainError> {
+        let options = TrainOptions { grad_accumulation: options.grad_accumulation.max(1), ..options };
         let batches_per_epoch = train.epoch(0).len();
         if batches_per_epoch == 0 {
             return Err(TrainError::NoBatches { epoch: 0 });
@@ -107,12 +108,22 @@ impl<'a> Trainer<'a> {
     /// `eval_every` steps between.
     ///
     /// # Errors
-    /// [`TrainError::NotFinite`], after the last good adapter was written; whatever a listener reports; the others.
+    /// [`TrainError::NotFinite`] and [`TrainError::EvaluationNotFinite`], after the last good adapter was written;
+    /// whatever a listener reports; the others.
     pub fn run(mut self, listeners: &mut [&mut dyn Listener], interrupt: &AtomicBool) -> Result<Trained, TrainError> {
-        let mut run = Running { listeners, interrupt, start: Instant::now(), tokens: 0, eval: [None, None] };
+        let mut run =
+            Running { listeners, interrupt, start: Instant::now(), tokens: 0, eval: [None, None], saved: None };
+        match self.train_to_the_end(&mut run) {
+            Ok(summary) => Ok(Trained { model: self.state.into_model(), summary }),
+            Err(error) => Err(self.broken(&mut run, error)),
+        }
+    }
+
+    fn train_to_the_end(&mut self, run: &mut Running<'_, '_>) -> Result<Summary, TrainError> {
         run.tell(Event::RunStarted(self.plan.clone()))?;
-        self.evaluate(&mut run, 0.0)?;
-        'run: for epoch in 0.. {
+        self.evaluate(run, 0.0)?;
+        let mut epoch = 0;
+        loop {
             let mut batches = self.train.epoch(epoch);
             let count = batches.len();
             if count == 0 {
@@ -120,51 +131,51 @@ impl<'a> Trainer<'a> {
             }
             while batches.len() > 0 {
                 if run.interrupted() {
-                    break 'run;
+                    return self.stop(run);
                 }
                 let group: Vec<Batch> = batches.by_ref().take(self.options.grad_accumulation).collect();
                 let epochs = epoch as f64 + (count - batches.len()) as f64 / count as f64;
-                match self.state.step(&group) {
-                    Ok(Some(outcome)) => run.step(self.metrics(outcome, epochs))?,
-                    Ok(None) => run.tell(Event::Skipped { step: self.state.steps(), rows: rows(&group).0 })?,
-                    Err(error) => return Err(self.broken(&mut run, error)),
+                match self.state.step(&group)? {
+                    Some(outcome) => run.step(self.metrics(outcome, epochs))?,
+                    None => run.tell(Event::Skipped { step: self.state.steps(), rows: rows(&group).0 })?,
                 }
-                if self.finished() {
-                    self.save(&mut run)?;
-                    self.evaluate(&mut run, epochs)?;
-                    break 'run;
+                let finished = self.finished();
+                if finished || self.due(self.options.save_every) {
+                    self.save(run)?;
                 }
-                if self.due(self.options.save_every) {
-                    self.save(&mut run)?;
+                if finished || self.due(self.options.eval_every) {
+                    self.evaluate(run, epochs)?;
                 }
-                if self.due(self.options.eval_every) {
-                    self.evaluate(&mut run, epochs)?;
+                if finished {
+                    return self.finish(run);
                 }
             }
+            epoch += 1;
         }
-        let summary = self.end(&mut run)?;
-        Ok(Trained { model: self.state.into_model(), summary })
     }
 
-    fn end(&self, run: &mut Running<'_, '_>) -> Result<Summary, TrainError> {
-        let stopped = (!self.finished()).then_some(StopReason::Interrupted);
-        let summary = run.summary(self.state.steps(), stopped);
-        match stopped {
-            Some(reason) => {
-                self.save(run)?;
-                run.tell(Event::Stopped { step: self.state.steps(), reason })?;
-            }
-            None => run.tell(Event::Finished(summary.clone()))?,
-        }
+    fn finish(&self, run: &mut Running<'_, '_>) -> Result<Summary, TrainError> {
+        let summary = run.summary(self.state.steps(), None);
+        run.tell(Event::Finished(summary.clone()))?;
         Ok(summary)
     }
 
-    /// Writes the last good adapter where that makes sense, and answers why the run ends.
-    fn broken(&self, run: &mut Running<'_, '_>, error: TrainError) -> TrainError {
-        if !matches!(error, TrainError::NotFinite { .. }) {
+    fn stop(&self, run: &mut Running<'_, '_>) -> Result<Summary, TrainError> {
+        let (step, reason) = (self.state.steps(), StopReason::Interrupted);
+        if run.saved != Some(step) {
+            self.save(run)?;
+        }
+        run.tell(Event::Stopped { step, reason })?;
+        Ok(run.summary(step, Some(reason)))
+    }
+
+    /// Writes the last good adapter where numbers went wrong, and answers why the run ends.
+    fn broken(&mut self, run: &mut Running<'_, '_>, error: TrainError) -> TrainError {
+        if !matches!(error, TrainError::NotFinite { .. } | TrainError::EvaluationNotFinite { .. }) {
             return error;
         }
         let stopped = Event::Stopped { step: self.state.steps(), reason: StopReason::NotFinite };
+        self.state.restore_last_good();
         // Where the adapter cannot be written either, that is the more pressing news.
         self.save(run).and_then(|()| run.tell(stopped)).err().unwrap_or(error)
     }
@@ -197,8 +208,9 @@ impl<'a> Trainer<'a> {
 
     fn save(&self, run: &mut Running<'_, '_>) -> Result<(), TrainError> {
         let Some(writer) = &self.writer else { return Ok(()) };
-        let dir = writer.write(self.state.model())?.to_owned();
-        run.tell(Event::Saved { step: self.state.steps(), dir })
+        let (step, dir) = (self.state.steps(), writer.write(self.state.model())?.to_owned());
+        run.saved = Some(step);
+        run.tell(Event::Saved { step, dir })
     }
 
     fn evaluate(&self, run: &mut Running<'_, '_>, epoch: f64) -> Result<(), TrainError> {
@@ -218,6 +230,8 @@ struct Running<'r, 'l> {
     tokens: usize,
     /// The first and the last evaluation.
     eval: [Option<Evaluation>; 2],
+    /// The step whose adapter was written last.
+    saved: Option<usize>,
 }
 
 impl Running<'_, '_> {

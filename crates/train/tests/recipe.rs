@@ -170,7 +170,7 @@ fn a_vocabulary_that_is_larger_than_the_models_is_refused_with_the_row() {
     let text = fs::read_to_string(&path).unwrap().replace("\"t95\":95", "\"t95\":96");
     fs::write(&path, text).unwrap();
     let error = prepare_error(&site.config(&[])).to_string();
-    assert!(error.contains("train.jsonl:") && error.contains("token 96"), "{error}");
+    assert!(error.contains(".jsonl:") && error.contains("token 96"), "{error}");
 }
 
 #[test]

@@ -134,6 +134,18 @@ fn an_interrupt_finishes_the_step_and_writes_the_adapter() {
 }
 
 #[test]
+fn an_interrupt_after_a_save_does_not_save_again() {
+    let watch = |event: &Event, interrupt: &AtomicBool| {
+        if shorthand(event) == "save/2" {
+            interrupt.store(true, Ordering::SeqCst);
+        }
+    };
+    let options = TrainOptions { save_every: Some(2), ..options(100) };
+    let ran = run_with(0.0, rows(0..4), None, options, watch);
+    assert_eq!(ran.order(), "start/100 step/1 step/2 save/2 stop/2/Interrupted");
+}
+
+#[test]
 fn an_interrupt_during_evaluation_stops_before_the_first_step() {
     let watch = |_: &Event, interrupt: &AtomicBool| interrupt.store(true, Ordering::SeqCst);
     let ran = run_with(0.0, rows(0..4), Some(rows(9..12)), options(100), watch);
@@ -145,7 +157,7 @@ fn a_loss_that_is_not_finite_stops_the_run_with_the_rows_and_the_last_good_adapt
     // The first update throws the parameters so far away that the second step's activations overflow.
     let options = TrainOptions { learning_rate: 1e30, max_grad_norm: None, ..options(10) };
     let ran = run(rows(1..5), None, options);
-    assert_eq!(ran.order(), "start/10 step/1 save/1 stop/1/NotFinite");
+    assert_eq!(ran.order(), "start/10 step/1 save/0 stop/1/NotFinite");
     let error = ran.result.unwrap_err();
     let TrainError::NotFinite { step: 2, quantity: Quantity::Loss, value, rows } = &error else { panic!("{error}") };
     assert!(!value.is_finite());

@@ -38,6 +38,11 @@ impl<'a> Mat<'a> {
         Self::strided(data, [rows, cols], [stride as isize, 1])
     }
 
+    /// Whether the elements of a row are neighbours.
+    pub fn has_contiguous_rows(self) -> bool {
+        self.col_stride == 1
+    }
+
     /// A row of a matrix whose rows are contiguous.
     pub fn row(self, row: usize) -> &'a [f32] {
         assert_eq!(self.col_stride, 1, "the row is not contiguous");

@@ -82,6 +82,18 @@ fn a_weight_of_several_panels() {
 }
 
 #[test]
+fn a_single_row_as_generation_has_it() {
+    let device = device();
+    let (x, w) = (normal([1, 83], 1.0, &device), normal([200, 83], 0.1, &device).cast(DType::BF16));
+    close::<2>(
+        "x Wᵀ",
+        reference::linear::frozen::<Flex>(raw(&x), raw(&w)),
+        Flex::frozen_linear(raw(&x), raw(&w)),
+        3e-6,
+    );
+}
+
+#[test]
 fn norm() {
     let device = device();
     let (x, w, g) = (normal([9, 37], 2.0, &device), normal([37], 1.0, &device), normal([9, 37], 1.0, &device));

@@ -10,6 +10,7 @@ use rayon::prelude::*;
 
 use super::{AdapterPath, LinearOps, generic};
 use crate::flex::{Mat, f32_tensor, gemm, half_to_f32};
+use crate::simd::{lane_sum, vectorised};
 
 /// Elements of a widened panel: 1 MiB of f32, which stays in the last-level cache while it is multiplied.
 const PANEL: usize = 1 << 18;
@@ -45,11 +46,37 @@ fn small(lhs: Mat, rhs: Mat) -> Vec<f32> {
     out
 }
 
+/// Rows of x up to which a product is limited by reading the weight, so that it is read once and widened on the way.
+const FEW_ROWS: usize = 2;
+
+vectorised! {
+    fn dot_bf16(x: &[f32], w: &[bf16]) -> f32 {
+        let w = &w[..x.len()];
+        lane_sum(x.len(), |i| x[i] * f32::from_bits(u32::from(w[i].to_bits()) << 16))
+    }
+}
+
+/// y = x Wᵀ for a few rows of x, as a generated token has, and a contiguous bf16 weight.
+fn few_rows(x: Mat, w: &[bf16], y: &mut [f32]) {
+    let n = y.len() / x.rows;
+    for (row, y) in y.chunks_exact_mut(n).enumerate() {
+        let x = x.row(row);
+        y.par_iter_mut().zip(w.par_chunks_exact(x.len())).with_min_len(64).for_each(|(y, w)| *y = dot_bf16(x, w));
+    }
+}
+
 /// y = x Wᵀ into a fresh buffer.
 fn base_forward(x: Mat, w: &FlexTensor) -> Vec<f32> {
-    let n = w.layout().shape()[0];
+    let [n, k] = [w.layout().shape()[0], w.layout().shape()[1]];
     let mut y = vec![0f32; x.rows * n];
-    if x.rows > 0 {
+    if (1..=FEW_ROWS).contains(&x.rows)
+        && k > 0
+        && x.has_contiguous_rows()
+        && w.dtype() == DType::BF16
+        && w.is_contiguous()
+    {
+        few_rows(x, &w.storage::<bf16>()[w.layout().start_offset()..][..n * k], &mut y);
+    } else if x.rows > 0 {
         panels(w, |first, panel| gemm(&mut y[first..], n, false, 1.0, x, panel.t()));
     }
     y

@@ -1,99 +1,18 @@
-//! Adapter directories: what is written, what is read back, and what is refused.
+//! What is read back from adapter directories, and what is refused.
 
 mod common;
 
-use std::collections::HashMap;
 use std::fs;
-use std::path::Path;
 
 use burn::tensor::Device;
+use common::saved::*;
 use common::*;
-use emberlora_lora::peft::{self, PeftError};
-use emberlora_lora::{Exclude, LoraOptions, Pass, Projections, Targets, attach, detach};
+use emberlora_lora::peft;
+use emberlora_lora::{Exclude, LoraOptions, Pass, Projections, Targets, detach};
 use half::{bf16, f16};
 use proptest::prelude::*;
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
-use tempfile::TempDir;
-
-/// A saved adapter, and the model it came from.
-struct Saved {
-    dir: TempDir,
-    model: Tiny,
-    options: LoraOptions,
-}
-
-impl Saved {
-    fn new(options: LoraOptions) -> Self {
-        let (device, dir) = (Device::flex(), tempfile::tempdir().unwrap());
-        let mut model = Tiny::new(&device);
-        attach(&mut model, &options, &device).unwrap();
-        fill_b(&mut model);
-        peft::save(&model, &options, "tiny", None, &dir.path().join("adapter")).unwrap();
-        Self { dir, model, options }
-    }
-
-    fn path(&self) -> std::path::PathBuf {
-        self.dir.path().join("adapter")
-    }
-
-    fn edit_config(&self, key: &str, value: Value) {
-        let path = self.path().join(peft::CONFIG_FILE);
-        let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-        config[key] = value;
-        fs::write(path, config.to_string()).unwrap();
-    }
-
-    /// Rewrites the tensor file; `edit` maps name, shape and values to what is stored, or to nothing.
-    fn edit_tensors(&self, edit: impl Fn(String, Vec<usize>, Vec<f32>) -> Option<Stored>) {
-        let adapter = peft::load(&self.path()).unwrap();
-        let stored: Vec<Stored> =
-            adapter.tensors.into_iter().filter_map(|(name, t)| edit(name, t.shape, t.values)).collect();
-        write_tensors(&self.path(), &stored);
-    }
-
-    fn load(&self) -> Result<peft::PeftAdapter, PeftError> {
-        peft::load(&self.path())
-    }
-
-    /// Loads the adapter and applies it to a fresh model.
-    fn apply(&self) -> Result<Tiny, PeftError> {
-        let device = Device::flex();
-        let mut model = Tiny::new(&device);
-        peft::apply(&mut model, &self.load()?, &device)?;
-        Ok(model)
-    }
-
-    fn refusal(&self) -> String {
-        match self.apply() {
-            Ok(_) => panic!("the adapter was accepted"),
-            Err(error) => error.to_string(),
-        }
-    }
-}
-
-struct Stored {
-    name: String,
-    dtype: Dtype,
-    shape: Vec<usize>,
-    bytes: Vec<u8>,
-}
-
-impl Stored {
-    fn f32(name: String, shape: Vec<usize>, values: &[f32]) -> Self {
-        Self { name, dtype: Dtype::F32, shape, bytes: values.iter().flat_map(|v| v.to_le_bytes()).collect() }
-    }
-}
-
-fn write_tensors(dir: &Path, stored: &[Stored]) {
-    let views = stored.iter().map(|s| (s.name.as_str(), TensorView::new(s.dtype, s.shape.clone(), &s.bytes).unwrap()));
-    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    fs::write(dir.join(peft::TENSORS_FILE), safetensors::serialize(views, Some(metadata)).unwrap()).unwrap();
-}
-
-fn plain() -> LoraOptions {
-    options(2, Targets::AllLinear)
-}
 
 #[test]
 fn a_saved_adapter_gives_the_same_output() {
@@ -392,70 +311,4 @@ fn applying_over_adapters_is_an_error() {
     let (device, mut model) = (Device::flex(), saved.model.clone());
     let error = peft::apply(&mut model, &saved.load().unwrap(), &device).unwrap_err();
     assert!(error.to_string().contains("detach"), "{error}");
-}
-
-#[test]
-fn saving_replaces_an_adapter_and_keeps_other_files() {
-    let mut saved = Saved::new(plain());
-    fs::write(saved.path().join("README.md"), "mine").unwrap();
-    fs::write(saved.path().join("adapter_model.bin"), "stale").unwrap();
-    fill_b(&mut saved.model);
-    peft::save(&saved.model, &saved.options, "tiny", Some("abc"), &saved.path()).unwrap();
-    assert_eq!(saved.load().unwrap().revision.as_deref(), Some("abc"));
-    assert_eq!(fs::read_to_string(saved.path().join("README.md")).unwrap(), "mine");
-    let mut names: Vec<_> = fs::read_dir(saved.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
-    names.sort();
-    assert_eq!(names, ["README.md", "adapter_config.json", "adapter_model.safetensors"]);
-    assert_eq!(fs::read_dir(saved.dir.path()).unwrap().count(), 1, "something is left beside the adapter");
-}
-
-#[test]
-fn saving_creates_the_directories_above() {
-    let saved = Saved::new(plain());
-    let deep = saved.dir.path().join("runs/one/adapter");
-    peft::save(&saved.model, &saved.options, "", None, &deep).unwrap();
-    assert_eq!(peft::load(&deep).unwrap().base_model_name, None);
-}
-
-#[test]
-fn saving_leaves_alone_what_is_not_an_adapter() {
-    let saved = Saved::new(plain());
-    let save = |dir: &Path| peft::save(&saved.model, &saved.options, "tiny", None, dir);
-    let (file, other) = (saved.dir.path().join("file"), saved.dir.path().join("other"));
-    fs::write(&file, "precious").unwrap();
-    fs::create_dir(&other).unwrap();
-    fs::write(other.join("notes"), "precious").unwrap();
-    for place in [&file, &other] {
-        assert!(matches!(save(place), Err(PeftError::Occupied { .. })), "{}", place.display());
-    }
-    assert_eq!(fs::read_to_string(other.join("notes")).unwrap(), "precious");
-    assert!(matches!(save(&file.join("below")), Err(PeftError::Io { .. })));
-    assert_eq!(fs::read_dir(saved.dir.path()).unwrap().count(), 3);
-}
-
-#[cfg(unix)]
-#[test]
-fn saving_through_a_link_replaces_what_it_points_to() {
-    let saved = Saved::new(plain());
-    let link = saved.dir.path().join("link");
-    std::os::unix::fs::symlink(saved.path(), &link).unwrap();
-    peft::save(&saved.model, &saved.options, "renamed", None, &link).unwrap();
-    assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
-    assert_eq!(saved.load().unwrap().base_model_name.as_deref(), Some("renamed"));
-}
-
-#[test]
-fn options_that_do_not_describe_the_adapters_are_refused() {
-    let saved = Saved::new(plain());
-    let check = |options: LoraOptions, part: &str| {
-        let error = peft::save(&saved.model, &options, "tiny", None, &saved.path()).unwrap_err().to_string();
-        assert!(error.contains(part), "{error}");
-    };
-    check(LoraOptions { alpha: 1.0, ..plain() }, "scale 0.5");
-    check(LoraOptions { r: 4, alpha: 8.0, ..plain() }, "rank 4");
-    check(options(2, suffixes(&["up_proj"])), "the options say no adapter");
-    check(options(2, suffixes(&["up_proj", "down_proj", "lm_head"])), "it has no adapter");
-    let bare = Tiny::new(&Device::flex());
-    assert!(matches!(peft::save(&bare, &plain(), "", None, &saved.path()), Err(PeftError::NoAdapter)));
-    assert_eq!(factors(&saved.apply().unwrap()), factors(&saved.model));
 }

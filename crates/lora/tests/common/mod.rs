@@ -1,6 +1,8 @@
 //! A model of two blocks and a head, small enough to compute by hand.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub mod saved;
+
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
 use emberlora_kernels::rng::{mix, uniform};

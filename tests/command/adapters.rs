@@ -12,7 +12,7 @@ use crate::{QUICKSTART, command, emberlora, finish, set};
 static ADAPTER: LazyLock<(tempfile::TempDir, PathBuf)> = LazyLock::new(|| {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("run");
-    let overrides = ["train.max_steps=5", "data.eval=null", &set("output", &output)];
+    let overrides = ["train.max_steps=5", "data.eval=null", "train.eval_every=null", &set("output", &output)];
     let mut train = command(&["train", QUICKSTART]);
     train.args(overrides);
     finish(train, "").ok();

@@ -68,7 +68,7 @@ fn wrong_arguments_are_refused() {
 
 #[test]
 fn evaluation_without_rows_says_where_to_name_them() {
-    check(&["eval", QUICKSTART, "data.eval=null"], &["data.eval", "--data"]);
+    check(&["eval", QUICKSTART, "data.eval=null", "train.eval_every=null"], &["data.eval", "--data"]);
 }
 
 #[test]

@@ -50,7 +50,7 @@ fn an_interruption_finishes_the_step_and_writes_the_adapter() {
 
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("run");
-    let overrides = ["train.max_steps=100000", "data.eval=null", &set("output", &output)];
+    let overrides = ["train.max_steps=100000", "data.eval=null", "train.eval_every=null", &set("output", &output)];
     let mut child = crate::command(&["train", QUICKSTART])
         .args(overrides)
         .stdout(Stdio::null())

@@ -121,7 +121,7 @@ fn show_row(number: usize, row: &Row<'_>, tokenizer: &Tokenizer, out: &mut dyn W
 /// Writes tokens with `│` between them, those that are trained in colour and between `⟦` and `⟧`.
 fn show_tokens(ids: &[u32], trained: &[bool], tokenizer: &Tokenizer, out: &mut dyn Write) -> anyhow::Result<()> {
     let mut stream = tokenizer.decode_stream(false);
-    let mut before = None;
+    let (mut before, mut open_line) = (None, false);
     for (&id, &trained) in ids.iter().zip(trained) {
         // A character of several tokens stands with its last one.
         let piece = printable(&stream.step(id)?.unwrap_or_default()).replace('\n', "↵\n");
@@ -131,21 +131,30 @@ fn show_tokens(ids: &[u32], trained: &[bool], tokenizer: &Tokenizer, out: &mut d
             (Some(_), _) => "│",
             (None, false) => "",
         };
-        write!(out, "{MARK}{border}{MARK:#}")?;
+        styled(border, MARK, out)?;
         show_piece(&piece, trained, out)?;
-        before = Some(trained);
+        (before, open_line) = (Some(trained), !piece.ends_with('\n'));
     }
-    let rest = stream.finish()?.map(|rest| printable(&rest)).unwrap_or_default();
-    show_piece(&rest, before == Some(true), out)?;
-    let end = if before == Some(true) { "⟧" } else { "" };
-    writeln!(out, "{MARK}{end}{MARK:#}")?;
+    if let Some(rest) = stream.finish()? {
+        show_piece(&printable(&rest), before == Some(true), out)?;
+    }
+    if before == Some(true) {
+        styled("⟧", MARK, out)?;
+    }
+    if open_line || before == Some(true) {
+        writeln!(out)?;
+    }
     Ok(())
 }
 
 fn show_piece(piece: &str, trained: bool, out: &mut dyn Write) -> io::Result<()> {
-    match trained {
-        true => write!(out, "{TRAINED}{piece}{TRAINED:#}"),
-        false => write!(out, "{piece}"),
+    styled(piece, if trained { TRAINED } else { Style::new() }, out)
+}
+
+fn styled(text: &str, style: Style, out: &mut dyn Write) -> io::Result<()> {
+    match text {
+        "" => Ok(()),
+        _ => write!(out, "{style}{text}{style:#}"),
     }
 }
 

@@ -1,5 +1,6 @@
 //! Progress on standard error: a bar where a person is looking, a line per logged step elsewhere.
 
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use emberlora_model::hub::DownloadProgress;
@@ -98,20 +99,40 @@ fn style(template: &str) -> ProgressStyle {
 /// Shows how far files have been read or fetched.
 pub(crate) struct FileProgress {
     terminal: Terminal,
-    bar: ProgressBar,
+    what: String,
+    bar: OnceLock<ProgressBar>,
 }
 
 impl FileProgress {
     pub(crate) fn new(terminal: &Terminal, what: String) -> Self {
-        let bar =
-            if terminal.is_interactive() { terminal.add(ProgressBar::no_length()) } else { ProgressBar::hidden() };
-        Self { terminal: terminal.clone(), bar: bar.with_style(style(READING)).with_message(what) }
+        Self { terminal: terminal.clone(), what, bar: OnceLock::new() }
     }
 
+    /// The bar, drawn from the moment on when its length is known.
     fn begin(&self, bytes: u64) {
-        self.bar.reset();
-        self.bar.set_length(bytes);
-        self.bar.enable_steady_tick(Duration::from_millis(200));
+        let bar = self.bar.get_or_init(|| match self.terminal.is_interactive() {
+            true => {
+                let bar = ProgressBar::new(bytes).with_style(style(READING)).with_message(self.what.clone());
+                self.terminal.add(bar)
+            }
+            false => ProgressBar::hidden(),
+        });
+        bar.enable_steady_tick(Duration::from_millis(200));
+    }
+
+    fn more(&self, bytes: u64) {
+        self.bar.get().into_iter().for_each(|bar| bar.inc(bytes));
+    }
+
+    fn end(&self) {
+        self.bar.get().into_iter().for_each(ProgressBar::finish_and_clear);
+    }
+}
+
+impl Drop for FileProgress {
+    /// An error leaves no half-drawn bar behind.
+    fn drop(&mut self) {
+        self.end();
     }
 }
 
@@ -121,29 +142,30 @@ impl emberlora_data::Progress for FileProgress {
     }
 
     fn advance(&self, bytes: u64) {
-        self.bar.inc(bytes);
+        self.more(bytes);
     }
 
     fn finish(&self) {
-        self.bar.finish_and_clear();
+        self.end();
     }
 }
 
 impl DownloadProgress for FileProgress {
     fn started(&mut self, file: &str, bytes: u64) {
+        self.what = format!("fetching {file}");
+        self.bar.take();
         if !self.terminal.is_interactive() {
-            self.terminal.say(format!("fetching {file} ({})", BinaryBytes(bytes)));
+            self.terminal.say(format!("{} ({})", self.what, BinaryBytes(bytes)));
         }
-        self.bar.set_message(format!("fetching {file}"));
         self.begin(bytes);
     }
 
     fn advanced(&mut self, bytes: u64) {
-        self.bar.inc(bytes);
+        self.more(bytes);
     }
 
     fn finished(&mut self) {
-        self.bar.finish_and_clear();
+        self.end();
     }
 }
 

@@ -28,7 +28,7 @@ pub enum GradientCheckpointing {
 /// Where tensors live.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceChoice {
-    /// The fastest one that is compiled in and present.
+    /// The first of flex, CUDA, WebGPU and ndarray that is compiled in.
     Auto,
     /// Burn's fast CPU backend.
     Flex,
@@ -72,6 +72,7 @@ impl Spec for QuantizationSpec {
 
 section! {
     /// `{every: n}`.
+    #[derive(derive_new::new)]
     struct Every {
         /// How many blocks make a group.
         every: usize = required(1) => whole().at_least(1);
@@ -111,7 +112,7 @@ impl Spec for CheckpointingSpec {
     }
 
     fn allowed(&self) -> String {
-        "none, block, sqrt, {every: n} with n from 1 upwards, true or false".to_owned()
+        "none, block, sqrt, {every: n} with n of at least 1, true or false".to_owned()
     }
 
     fn schema(&self) -> Json {
@@ -157,7 +158,7 @@ impl Spec for DeviceSpec {
     }
 
     fn allowed(&self) -> String {
-        "auto, flex, ndarray, wgpu, wgpu:<number>, cuda or cuda:<number>".to_owned()
+        "auto, flex, ndarray, wgpu, wgpu:N, cuda or cuda:N".to_owned()
     }
 
     fn schema(&self) -> Json {

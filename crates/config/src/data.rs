@@ -70,6 +70,7 @@ pub enum ChatTemplateChoice {
 
 section! {
     /// One file of rows.
+    #[derive(derive_new::new)]
     pub struct DataSource {
         /// A JSONL file, plain or compressed with gzip (`.gz`) or zstd (`.zst`).
         path: PathBuf = required(PathBuf::new()) => path();

@@ -71,7 +71,7 @@ impl RunConfig {
     /// The recipe is wrong; the error holds every mistake.
     pub fn parse(text: &str, name: &str, overrides: &[String]) -> Result<Self, ConfigError> {
         let invalid = |problems| ConfigError::Invalid { name: name.to_owned(), problems };
-        let mut root = root(text).map_err(|problem| invalid(vec![problem]))?;
+        let mut root = root(text).map_err(|problem| invalid(vec![*problem]))?;
         let stem = Path::new(name).file_stem().map(|stem| stem.to_string_lossy());
         let mut reader = Reader::new(stem.as_deref().unwrap_or("run"));
         overrides::apply(&mut root, overrides, &mut reader);
@@ -103,14 +103,14 @@ impl RunConfig {
 }
 
 /// The recipe as a tree whose root is a mapping.
-fn root(text: &str) -> Result<Node, Problem> {
+fn root(text: &str) -> Result<Node, Box<Problem>> {
     let root = Node::from_yaml(text, None).map_err(|error| syntax_problem(text, &error))?;
-    let keys = format!("a mapping with the keys {}", RunConfig::KEYS.join(", "));
-    match root.content {
-        Content::Map(_) => Ok(root),
-        Content::Null => Err(Problem::new("", &Place::Nowhere, "the recipe is empty").allowed(keys)),
-        _ => Err(Problem::new("", &root.place, "the recipe is not a mapping").found(&root.inline()).allowed(keys)),
-    }
+    let problem = match root.content {
+        Content::Map(_) => return Ok(root),
+        Content::Null => Problem::new("", &Place::Nowhere, "the recipe is empty"),
+        _ => Problem::new("", &root.place, "the recipe is not a mapping").found(&root.inline()),
+    };
+    Err(Box::new(problem.allowed(format!("a mapping with the keys {}", RunConfig::KEYS.join(", ")))))
 }
 
 fn syntax_problem(text: &str, error: &serde_saphyr::Error) -> Problem {
@@ -119,7 +119,7 @@ fn syntax_problem(text: &str, error: &serde_saphyr::Error) -> Problem {
     let problem = Problem::new("", &place, format!("not valid YAML: {error}"));
     let indented_by_tab = |line: &str| {
         let indent = &line[..line.len() - line.trim_start().len()];
-        indent.contains('\t')
+        indent.contains('\t') && indent.len() < line.len()
     };
     match text.lines().position(indented_by_tab) {
         Some(index) => {

@@ -53,13 +53,14 @@ macro_rules! choice {
 macro_rules! section {
     (
         $(#[doc = $about:expr])*
+        $(#[derive($derive:path)])?
         $vis:vis struct $name:ident {
             $( $(#[doc = $doc:expr])* $key:ident: $ty:ty = $fallback:expr => $spec:expr; )+
         }
         $( check $check:path; )?
     ) => {
         $(#[doc = $about])*
-        #[derive(Clone, Debug, PartialEq, derive_new::new)]
+        #[derive(Clone, Debug, PartialEq $(, $derive)?)]
         $vis struct $name {
             $( $(#[doc = $doc])* pub $key: $ty, )+
         }

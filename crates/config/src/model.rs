@@ -28,6 +28,7 @@ choice! {
 
 section! {
     /// The base model. Its weights are never changed.
+    #[derive(derive_new::new)]
     pub struct ModelSection {
         /// A directory in Hugging Face's layout (`config.json`, `*.safetensors`, `tokenizer.json`), or a hub id
         /// `org/name`. A path is taken relative to the current directory; what exists on disk is never looked up

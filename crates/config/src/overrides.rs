@@ -10,32 +10,31 @@ use crate::spec::Reader;
 pub(crate) fn apply(root: &mut Node, arguments: &[String], reader: &mut Reader<'_>) {
     for argument in arguments {
         if let Err(problem) = apply_one(root, argument) {
-            reader.push(problem);
+            reader.push(*problem);
         }
     }
 }
 
-fn apply_one(root: &mut Node, argument: &str) -> Result<(), Problem> {
+fn apply_one(root: &mut Node, argument: &str) -> Result<(), Box<Problem>> {
     let place = Place::Argument(argument.to_owned());
     let form = "key.path=value";
     let Some((path, value)) = argument.split_once('=') else {
-        return Err(Problem::new("", &place, "has no `=`").allowed(form));
+        return Err(Problem::new("", &place, "has no `=`").allowed(form).into());
     };
     let keys: Vec<_> = path.split('.').collect();
     if keys.iter().any(|key| key.trim().is_empty()) {
-        return Err(Problem::new(path, &place, "has an empty key").allowed(form));
+        return Err(Problem::new(path, &place, "has an empty key").allowed(form).into());
     }
     let value = Node::from_yaml(value, Some(&place)).map_err(|error| {
-        Problem::new(path, &place, format!("the value is not YAML: {error}"))
-            .found(value)
-            .allowed("a YAML value; put quotes around a string with special characters")
+        let problem = Problem::new(path, &place, format!("the value is not YAML: {error}"));
+        Box::new(problem.found(value).allowed("a YAML value; put quotes around a string with special characters"))
     })?;
     *reach(root, &keys, path, &place)? = value;
     Ok(())
 }
 
 /// The node at `keys`, made if it is not there. A scalar on the way gives way to a mapping.
-fn reach<'n>(root: &'n mut Node, keys: &[&str], path: &str, place: &Place) -> Result<&'n mut Node, Problem> {
+fn reach<'n>(root: &'n mut Node, keys: &[&str], path: &str, place: &Place) -> Result<&'n mut Node, Box<Problem>> {
     let empty = || Node::new(Content::Map(Vec::new()), place.clone());
     let mut node = root;
     for key in keys {
@@ -55,7 +54,8 @@ fn reach<'n>(root: &'n mut Node, keys: &[&str], path: &str, place: &Place) -> Re
                     _ => {
                         return Err(Problem::new(path, place, "there is no such item in the list")
                             .found(key)
-                            .allowed(format!("an index from 0 to {count}")));
+                            .allowed(format!("an index from 0 to {count}"))
+                            .into());
                     }
                 }
             }

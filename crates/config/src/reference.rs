@@ -17,9 +17,9 @@ Schema, with which editors complete and check recipes.
 * Unknown keys, wrong types, values out of range and combinations that make no sense are errors. All mistakes of a recipe
   are reported in one go, each with its line, its key, the value found and what is allowed.
 * Paths are relative to the directory in which the command is run, not to the recipe.
-* Arguments of the form `key.path=value` after the recipe override it: `train.learning_rate=1e-4`, `adapter.targets='[q_proj,
-  v_proj]'`, `data.train.0.weight=2`. The value is read as YAML and replaces what stood there, also a whole section. The
-  last one counts.
+* Arguments of the form `key.path=value` after the recipe override it: `train.learning_rate=1e-4`,
+  `adapter.targets='[q_proj, v_proj]'`, `data.train.0.weight=2`. The value is read as YAML and replaces what stood there,
+  also a whole section. The last one counts.
 * `train.max_steps` overrides `train.epochs`, as in transformers.
 * The output directory of a run holds `config.yaml`, the recipe with every value filled in.
 

@@ -31,8 +31,8 @@ section! {
         train: TrainSection = nested() => section();
         /// Directory that the run writes to: `config.yaml`, `metrics.jsonl`, `adapter/`.
         output: PathBuf = computed("runs/<name of the recipe file>", |name| PathBuf::from("runs").join(name)) => path();
-        /// Where tensors live; `wgpu:1` and `cuda:0` pick one of several GPUs. A backend that is not compiled in is an
-        /// error that says how to get it.
+        /// Where tensors live. `auto` is the first of flex, cuda, wgpu and ndarray that is compiled in; `wgpu:1` and
+        /// `cuda:0` pick one of several GPUs. A backend that is not compiled in is an error that says how to get it.
         device: DeviceChoice = value(DeviceChoice::Auto) => DeviceSpec;
         /// Every random number of the run follows from it.
         seed: u64 = value(42) => whole();

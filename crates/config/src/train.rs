@@ -47,6 +47,7 @@ pub struct Schedule {
 
 section! {
     /// The optimizer and its constants.
+    #[derive(derive_new::new)]
     pub struct Optimizer {
         /// Which optimizer.
         kind: OptimizerKind = value(OptimizerKind::AdamW) => choice();
@@ -61,6 +62,7 @@ section! {
 
 section! {
     /// The learning rate over the run.
+    #[derive(derive_new::new)]
     struct ScheduleKeys {
         /// The curve after the warm-up: `constant`, or falling to `min_ratio` of the peak in a straight line (`linear`) or
         /// along half a cosine (`cosine`).

@@ -36,12 +36,18 @@ impl<S: Spec> Spec for Optional<S> {
     }
 
     fn allowed(&self) -> String {
-        format!("{} or null", self.0.allowed())
+        or_null(&self.0.allowed())
     }
 
     fn schema(&self) -> Json {
         json!({"anyOf": [self.0.schema(), {"type": "null"}]})
     }
+}
+
+/// `allowed`, or `null`; the comma keeps `null` apart from the items of a list.
+pub(crate) fn or_null(allowed: &str) -> String {
+    let comma = if allowed.contains(',') { "," } else { "" };
+    format!("{allowed}{comma} or null")
 }
 
 pub(crate) struct List<S> {

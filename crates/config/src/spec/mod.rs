@@ -6,7 +6,7 @@ mod scalars;
 
 use serde_json::{Value as Json, json};
 
-pub(crate) use self::containers::{list, mapping, optional, pair, section};
+pub(crate) use self::containers::{list, mapping, optional, or_null, pair, section};
 pub(crate) use self::reader::{Reader, join};
 pub(crate) use self::scalars::{Choice, Variant, boolean, choice, number, or, path, read_text, text, whole};
 

@@ -2,7 +2,7 @@
 
 use crate::error::{Place, Problem};
 use crate::node::{Content, Entry, Node};
-use crate::spec::{Fallback, Section, Spec};
+use crate::spec::{Fallback, Section, Spec, or_null};
 
 /// Walks the tree, knows the key path and collects problems.
 pub(crate) struct Reader<'a> {
@@ -36,7 +36,7 @@ impl<'a> Reader<'a> {
     pub(crate) fn allow_also_null(&mut self, first: usize) {
         for problem in &mut self.problems[first..] {
             if let (true, Some(allowed)) = (problem.key == self.path, &mut problem.allowed) {
-                allowed.push_str(" or null");
+                *allowed = or_null(allowed);
             }
         }
     }

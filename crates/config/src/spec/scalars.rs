@@ -175,6 +175,18 @@ struct Bound {
     included: bool,
 }
 
+impl Bound {
+    fn as_low(self) -> String {
+        let word = if self.included { "of at least" } else { "above" };
+        format!("{word} {}", self.at)
+    }
+
+    fn as_high(self) -> String {
+        let word = if self.included { "of at most" } else { "below" };
+        format!("{word} {}", self.at)
+    }
+}
+
 /// A finite number in an interval.
 #[derive(Clone, Copy)]
 pub(crate) struct Number {
@@ -239,16 +251,14 @@ impl Spec for Number {
     }
 
     fn allowed(&self) -> String {
-        let low =
-            self.low.map(|low| if low.included { format!("from {}", low.at) } else { format!("above {}", low.at) });
-        let high =
-            self.high.map(|high| if high.included { format!("to {}", high.at) } else { format!("below {}", high.at) });
-        match (low, high) {
+        match (self.low, self.high) {
             (None, None) => "a number".to_owned(),
-            (Some(low), None) if low.starts_with("from") => format!("a number {low} upwards"),
-            (Some(only), None) | (None, Some(only)) => format!("a number {only}"),
-            (Some(low), Some(high)) if high.starts_with("to") => format!("a number {low} {high}"),
-            (Some(low), Some(high)) => format!("a number {low} and {high}"),
+            (Some(low), None) => format!("a number {}", low.as_low()),
+            (None, Some(high)) => format!("a number {}", high.as_high()),
+            (Some(low), Some(high)) if low.included && high.included => {
+                format!("a number from {} to {}", low.at, high.at)
+            }
+            (Some(low), Some(high)) => format!("a number {} and {}", low.as_low(), high.as_high()),
         }
     }
 
@@ -304,7 +314,7 @@ where
     }
 
     fn allowed(&self) -> String {
-        format!("a whole number from {} upwards", self.low)
+        format!("a whole number of at least {}", self.low)
     }
 
     fn schema(&self) -> Json {

@@ -9,20 +9,22 @@ use indicatif::{BinaryBytes, FormattedDuration, HumanCount, ProgressBar, Progres
 
 use crate::terminal::Terminal;
 
-const TRAINING: &str = "{bar:24} {pos}/{len} {msg} eta {eta_precise}";
+const TRAINING: &str = "{bar:24} {pos}/{len} {msg}, eta {eta_precise}";
 const READING: &str = "{msg} {bar:24} {bytes}/{total_bytes} eta {eta_precise}";
 
 /// Shows a training run.
 pub(crate) struct TrainProgress {
     terminal: Terminal,
-    bar: ProgressBar,
+    bar: Option<ProgressBar>,
+    /// What stays on the screen when the bar goes.
+    last: String,
     total: usize,
     start: Instant,
 }
 
 impl TrainProgress {
     pub(crate) fn new(terminal: &Terminal) -> Self {
-        Self { terminal: terminal.clone(), bar: ProgressBar::hidden(), total: 0, start: Instant::now() }
+        Self { terminal: terminal.clone(), bar: None, last: String::new(), total: 0, start: Instant::now() }
     }
 
     fn started(&mut self, run: &RunStarted) {
@@ -36,17 +38,27 @@ impl TrainProgress {
     }
 
     fn step(&mut self, step: &StepMetrics) {
+        let line = summary(step);
         if self.terminal.is_interactive() {
             // Not before the first step: an evaluation may come first, and its time says nothing of a step's.
-            if self.bar.is_hidden() {
-                self.bar = self.terminal.add(ProgressBar::new(self.total as u64).with_style(style(TRAINING)));
-            }
-            self.bar.set_message(summary(step));
-            self.bar.set_position(step.step as u64);
+            let new = || self.terminal.add(ProgressBar::new(self.total as u64).with_style(style(TRAINING)));
+            let bar = self.bar.get_or_insert_with(new);
+            bar.set_message(line.clone());
+            bar.set_position(step.step as u64);
+            self.last = format!("step {}/{} {line}", step.step, self.total);
         } else if step.log {
-            let left = self.start.elapsed().div_f64(step.step as f64).mul_f64((self.total - step.step) as f64);
-            let eta = FormattedDuration(left);
-            self.terminal.say(format!("step {}/{} {} eta {eta}", step.step, self.total, summary(step)));
+            let per_step = self.start.elapsed().as_secs_f64() / step.step as f64;
+            let left = per_step * self.total.saturating_sub(step.step) as f64;
+            let eta = FormattedDuration(Duration::try_from_secs_f64(left).unwrap_or(Duration::MAX));
+            self.terminal.say(format!("step {}/{} {line}, eta {eta}", step.step, self.total));
+        }
+    }
+
+    /// Results follow on standard output, which a bar must not share a line with.
+    fn end(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+            self.terminal.say(&self.last);
         }
     }
 }
@@ -66,14 +78,14 @@ impl Listener for TrainProgress {
                 tracing::info!("wrote the adapter after step {step} to {}", dir.display());
             }
             Event::Stopped { step, reason } => {
-                self.bar.finish_and_clear();
+                self.end();
                 let why = match reason {
                     StopReason::Interrupted => "interrupted",
                     StopReason::NotFinite => "the loss or its gradient is not finite",
                 };
                 self.terminal.say(format!("stopped after step {step} of {}: {why}", self.total));
             }
-            Event::Finished(_) => self.bar.finish(),
+            Event::Finished(_) => self.end(),
         }
         Ok(())
     }
@@ -88,7 +100,7 @@ pub(crate) fn shown(evaluation: &Evaluation) -> String {
 fn summary(step: &StepMetrics) -> String {
     let StepMetrics { loss, lr, tokens_per_second, peak_memory_bytes, .. } = step;
     let memory = peak_memory_bytes.map_or(String::new(), |bytes| format!(", {}", BinaryBytes(bytes)));
-    format!("loss {loss:.4}, lr {lr:.2e}, {tokens_per_second:.0} tokens/s{memory},")
+    format!("loss {loss:.4}, lr {lr:.2e}, {tokens_per_second:.0} tokens/s{memory}")
 }
 
 fn style(template: &str) -> ProgressStyle {
@@ -195,6 +207,6 @@ mod tests {
             peak_memory_bytes: Some(3 << 30),
             log: true,
         };
-        assert_eq!(summary(&step), "loss 1.2500, lr 2.00e-4, 1024 tokens/s, 3.00 GiB,");
+        assert_eq!(summary(&step), "loss 1.2500, lr 2.00e-4, 1024 tokens/s, 3.00 GiB");
     }
 }

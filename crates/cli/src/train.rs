@@ -74,14 +74,17 @@ fn report_losses(trained: &Trained, steps: StepLosses, out: &mut dyn Write) -> i
     if let Some(bytes) = emberlora_train::peak_memory_bytes() {
         writeln!(out, "peak memory {}", BinaryBytes(bytes))?;
     }
-    if let (Some(before), Some(after)) = (summary.eval_before, summary.eval_after) {
+    let evaluations = summary.eval_before.zip(summary.eval_after);
+    // A run that was stopped has not been evaluated where it stands.
+    if let (Some((before, after)), None) = (evaluations, summary.stopped) {
         let Evaluation { loss, perplexity, tokens, seconds: _ } = after;
         writeln!(out, "evaluation on {tokens} tokens")?;
         writeln!(out, "  loss        {:.4} before, {loss:.4} after", before.loss)?;
         writeln!(out, "  perplexity  {:.3} before, {perplexity:.3} after", before.perplexity)?;
     } else if let (Some(first), Some(last)) = (steps.first, steps.last) {
-        writeln!(out, "training loss (no evaluation rows: set data.eval)")?;
-        writeln!(out, "  loss        {first:.4} before (first step), {last:.4} after (last step)")?;
+        writeln!(out, "loss of the training rows")?;
+        writeln!(out, "  before (first step)  {first:.4}")?;
+        writeln!(out, "  after (last step)    {last:.4}")?;
     }
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::{QUICKSTART, emberlora, set};
+use crate::{QUICKSTART, emberlora, finish, set};
 
 /// Runs `args`, which are wrong, and expects every one of `words` in the message.
 fn check(args: &[&str], words: &[&str]) {
@@ -89,6 +89,15 @@ fn a_resolved_recipe_resolves_to_itself() {
     fs::write(&recipe, &resolved).unwrap();
     assert_eq!(emberlora(&["config", "show", recipe.to_str().unwrap()]).ok(), resolved);
     assert!(resolved.contains("seed: 7"), "{resolved}");
+}
+
+#[test]
+#[cfg(unix)]
+fn a_conversation_that_is_not_text_is_refused() {
+    let mut chat = std::process::Command::new("sh");
+    chat.args(["-c", r"printf '\377\n' | $0 generate --recipe $1 --chat", env!("CARGO_BIN_EXE_emberlora"), QUICKSTART]);
+    chat.current_dir(env!("CARGO_MANIFEST_DIR"));
+    assert!(finish(chat, "").fails(2).contains("standard input"));
 }
 
 #[test]

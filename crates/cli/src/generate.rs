@@ -65,6 +65,12 @@ impl Writer<'_> {
 
     /// Streams the continuation of `prompt` and answers it as a whole.
     fn write(&mut self, prompt: &[u32]) -> anyhow::Result<String> {
+        let (length, trained_for) = (prompt.len(), self.model.config().max_position_embeddings);
+        if length > trained_for {
+            tracing::warn!(
+                "the prompt has {length} tokens, more than the {trained_for} that the model was trained for"
+            );
+        }
         let mut generator = Generator::new(&self.model, prompt, self.options.clone())?;
         let mut stream = self.tokenizer.decode_stream(true);
         let mut text = String::new();
@@ -115,14 +121,15 @@ impl<'a, 'w> Chat<'a, 'w> {
 
 /// Answers the lines of standard input until it ends.
 fn converse(chat: &mut Chat<'_, '_>, terminal: &Terminal) -> anyhow::Result<()> {
-    let mut line = String::new();
+    let mut line = Vec::new();
     loop {
         terminal.prompt("> ");
         line.clear();
-        if io::stdin().lock().read_line(&mut line)? == 0 {
+        if io::stdin().lock().read_until(b'\n', &mut line)? == 0 {
             return Ok(());
         }
-        match line.trim() {
+        let text = str::from_utf8(&line).map_err(|error| WrongInput(format!("standard input: {error}")))?;
+        match text.trim() {
             "" => {}
             text => chat.turn(text)?,
         }

@@ -136,7 +136,7 @@ pub(crate) struct Rows {
 impl Rows {
     /// Shares the storage of a contiguous tensor; a view with other strides is copied once.
     pub fn of(tensor: &FlexTensor) -> Self {
-        let tensor = tensor.to_contiguous();
+        let tensor = contiguous(tensor);
         let shape = tensor.layout().shape();
         let (width, len) = (shape[shape.num_dims() - 1].max(1), shape.num_elements());
         Self { width, len, tensor }
@@ -178,9 +178,15 @@ pub(crate) fn f32_tensor_of(data: Vec<f32>, shape: Shape) -> FlexTensor {
     FlexTensor::new(Bytes::from_elems(data), Layout::contiguous(shape), DType::F32)
 }
 
+/// `tensor` with neighbouring elements in order. Burn's own `to_contiguous` also copies a contiguous part of a larger
+/// storage, such as the filled part of a cache; everything here reads from the layout's offset on, so it need not.
+pub(crate) fn contiguous(tensor: &FlexTensor) -> FlexTensor {
+    if tensor.is_contiguous() { tensor.clone() } else { tensor.to_contiguous() }
+}
+
 /// The non-negative integers of a tensor, whatever integer format it has.
 pub(crate) fn integers(tensor: &FlexTensor) -> Vec<usize> {
-    let tensor = tensor.to_contiguous();
+    let tensor = contiguous(tensor);
     let (offset, len) = (tensor.layout().start_offset(), tensor.layout().shape().num_elements());
     match tensor.dtype() {
         DType::I64 => tensor.storage::<i64>()[offset..][..len].iter().map(|v| *v as usize).collect(),

@@ -36,6 +36,7 @@ pub use rope::{RopeOps, rope};
 pub mod reference {
     pub use crate::activation::generic as activation;
     pub use crate::attention::generic as attention;
+    pub use crate::cross_entropy::generic as cross_entropy;
     pub use crate::linear::generic as linear;
     pub use crate::norm::generic as norm;
     pub use crate::rope::generic as rope;

@@ -6,8 +6,8 @@ use burn::backend::Flex;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{DType, Device, Tensor};
 use emberlora_kernels::{
-    AdapterPath, AttentionKind, AttentionOps, AttentionOptions, Dropout, Gate, GluOps, LinearOps, NormOps, RopeOps,
-    reference,
+    AdapterPath, AttentionKind, AttentionOps, AttentionOptions, CrossEntropyOps, Dropout, Gate, GluOps, LinearOps,
+    NormOps, RopeOps, reference,
 };
 use support::*;
 
@@ -172,4 +172,45 @@ fn attention_over_many_blocks_of_packed_documents() {
         close::<4>("dK", expected.1, found.1, 3e-6);
         close::<4>("dV", expected.2, found.2, 3e-6);
     }
+}
+
+#[test]
+fn loss_over_rows_of_logits() {
+    let device = device();
+    let logits = normal([5, 103], 3.0, &device);
+    let weights = Tensor::<2>::random([5, 1], burn::tensor::Distribution::Uniform(0.1, 1.0), &device);
+    let targets = ints(&[0, 102, 7, 50, 3], [5, 1], &device);
+    let targets = || -> IntTensor<Flex> { targets.clone().try_into_primitive::<Flex>().unwrap() };
+    for with_grad in [true, false] {
+        let expected =
+            reference::cross_entropy::weighted_nll::<Flex>(raw(&logits), targets(), raw(&weights), with_grad);
+        let found = Flex::weighted_nll(raw(&logits), targets(), raw(&weights), with_grad);
+        close::<1>("loss", expected.0, found.0, 2e-6);
+        match (expected.1, found.1) {
+            (Some(expected), Some(found)) => close::<2>("gradient", expected, found, 2e-6),
+            (expected, found) => assert!(expected.is_none() && found.is_none()),
+        }
+    }
+}
+
+#[test]
+fn views_that_run_backwards_and_empty_inputs() {
+    let device = device();
+    let (x, w, g) = (normal([3, 8], 1.0, &device), normal([6, 8], 1.0, &device), normal([3, 6], 1.0, &device));
+    let flipped = w.clone().flip([0]);
+    close::<2>(
+        "x Wᵀ",
+        reference::linear::frozen::<Flex>(raw(&x), raw(&flipped)),
+        Flex::frozen_linear(raw(&x), raw(&flipped)),
+        2e-6,
+    );
+    close::<2>(
+        "g W",
+        reference::linear::frozen_backward::<Flex>(raw(&g), raw(&flipped)),
+        Flex::frozen_linear_backward(raw(&g), raw(&flipped)),
+        2e-6,
+    );
+    let (none, wide) = (Tensor::<2>::zeros([0, 600], &device), normal([600, 600], 1.0, &device).cast(DType::BF16));
+    let dx = Tensor::<2>::from_primitive::<Flex>(Flex::frozen_linear_backward(raw(&none), raw(&wide)));
+    assert_eq!(dx.dims(), [0, 600]);
 }

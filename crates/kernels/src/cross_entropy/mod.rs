@@ -8,13 +8,17 @@
 //! The logits of all rows never exist at once: a chunk's logits become its gradient and are dropped. What is saved for
 //! the backward pass is the gradient of the hidden rows.
 
+#[cfg(feature = "flex")]
+mod flex;
+pub mod generic;
+
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata, backend_extension};
-use burn::tensor::{DType, IndexingUpdateOp, Int, Shape, Slice, Tensor};
+use burn::tensor::{DType, Int, Shape, Slice, Tensor};
 
 use crate::LinearOps;
 use crate::body::{cast, plain_backends};
@@ -50,13 +54,21 @@ pub trait CrossEntropyOps: LinearOps {
         let (loss, grad) = run::<Self>(hidden, w, targets, weights, true);
         (loss, grad.expect("asked for"))
     }
+
+    /// Σ weight · −log softmax(logits)[target], and where it is asked for the gradient to the logits,
+    /// weight · (softmax − onehot). `logits` `[M, V]` in f32, `targets` and `weights` `[M, 1]`.
+    fn weighted_nll(
+        logits: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+        weights: FloatTensor<Self>,
+        with_grad: bool,
+    ) -> (FloatTensor<Self>, Option<FloatTensor<Self>>) {
+        generic::weighted_nll::<Self>(logits, targets, weights, with_grad)
+    }
 }
 
 plain_backends!(CrossEntropyOps);
-#[cfg(feature = "flex")]
-impl CrossEntropyOps for burn::backend::Flex {}
-
-fn run<B: LinearOps>(
+fn run<B: CrossEntropyOps>(
     hidden: FloatTensor<B>,
     w: FloatTensor<B>,
     targets: IntTensor<B>,
@@ -88,7 +100,7 @@ fn run<B: LinearOps>(
 }
 
 /// One chunk; `targets` and `weights` are `[rows, 1]`.
-fn chunk<B: LinearOps>(
+fn chunk<B: CrossEntropyOps>(
     hidden: FloatTensor<B>,
     w: FloatTensor<B>,
     targets: IntTensor<B>,
@@ -97,19 +109,8 @@ fn chunk<B: LinearOps>(
 ) -> (FloatTensor<B>, Option<FloatTensor<B>>) {
     let dtype = hidden.dtype();
     let logits = cast::<B>(B::frozen_linear(hidden, w.clone()), DType::F32);
-    let max = B::float_max_dim(logits.clone(), 1);
-    let target = B::float_sub(B::float_gather(1, logits.clone(), targets.clone()), max.clone());
-    let exp = B::float_exp(B::float_sub(logits, max));
-    let sum = B::float_sum_dim(exp.clone(), 1);
-    let nll = B::float_sub(B::float_log(sum.clone()), target);
-    let loss = B::float_sum(B::float_mul(nll, weights.clone()));
-    let grad = with_grad.then(|| {
-        // weight · softmax, then −weight at the target
-        let dlogits = B::float_mul(exp, B::float_div(weights.clone(), sum));
-        let minus = B::float_neg(weights);
-        let dlogits = B::float_scatter(1, dlogits, targets, minus, IndexingUpdateOp::Add);
-        B::frozen_linear_backward(cast::<B>(dlogits, dtype), w)
-    });
+    let (loss, dlogits) = B::weighted_nll(logits, targets, weights, with_grad);
+    let grad = dlogits.map(|dlogits| B::frozen_linear_backward(cast::<B>(dlogits, dtype), w));
     (loss, grad)
 }
 

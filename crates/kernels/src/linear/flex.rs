@@ -9,14 +9,18 @@ use burn::tensor::{DType, bf16, f16};
 use rayon::prelude::*;
 
 use super::{AdapterPath, LinearOps, generic};
-use crate::flex::{Mat, f32_tensor, gemm, half_to_f32};
+use crate::flex::{Mat, contiguous, f32_tensor, gemm, half_to_f32};
 use crate::simd::{lane_sum, vectorised};
 
 /// Elements of a widened panel: 1 MiB of f32, which stays in the last-level cache while it is multiplied.
 const PANEL: usize = 1 << 18;
 
+/// Formats that the bodies below compute in, and views that run forwards; the default bodies take the rest.
 fn supported(w: &FlexTensor, others: &[&FlexTensor]) -> bool {
-    matches!(w.dtype(), DType::F32 | DType::BF16 | DType::F16) && others.iter().all(|t| t.dtype() == DType::F32)
+    let forwards = |t: &FlexTensor| t.layout().strides().iter().all(|stride| *stride >= 0);
+    matches!(w.dtype(), DType::F32 | DType::BF16 | DType::F16)
+        && forwards(w)
+        && others.iter().all(|t| t.dtype() == DType::F32 && forwards(t))
 }
 
 /// Calls `f(first row, panel)` for consecutive rows of `w`, as f32.
@@ -24,7 +28,7 @@ fn panels(w: &FlexTensor, mut f: impl FnMut(usize, Mat)) {
     if w.dtype() == DType::F32 {
         return f(0, Mat::of(w));
     }
-    let w = w.to_contiguous(); // shares the storage when it is contiguous already
+    let w = contiguous(w);
     let (rows, columns) = (w.layout().shape()[0], w.layout().shape()[1]);
     let step = (PANEL / columns.max(1)).clamp(1, rows.max(1));
     let mut scratch = vec![0f32; step * columns];
@@ -86,14 +90,16 @@ fn base_forward(x: Mat, w: &FlexTensor) -> Vec<f32> {
 fn base_backward(g: Mat, w: &FlexTensor) -> Vec<f32> {
     let k = w.layout().shape()[1];
     let mut dx = vec![0f32; g.rows * k];
-    panels(w, |first, panel| gemm(&mut dx, k, first > 0, 1.0, g.columns(first, panel.rows), panel));
+    if g.rows > 0 {
+        panels(w, |first, panel| gemm(&mut dx, k, first > 0, 1.0, g.columns(first, panel.rows), panel));
+    }
     dx
 }
 
 /// x with the adapter's dropout applied, where there is one.
 fn dropped(x: &FlexTensor, path: AdapterPath) -> FlexTensor {
     let Some(dropout) = path.dropout else { return x.clone() };
-    let x = x.to_contiguous();
+    let x = contiguous(x);
     let (rows, columns) = (x.layout().shape()[0], x.layout().shape()[1]);
     let values = &x.storage::<f32>()[x.layout().start_offset()..][..rows * columns];
     let out = values.par_iter().enumerate().map(|(i, value)| value * dropout.factor(i)).collect();

@@ -21,6 +21,11 @@ pub enum Family {
     /// Mistral: sliding-window attention.
     Mistral,
     /// OLMo2: norms behind attention and MLP, and over whole query and key projections.
+    ///
+    /// In f32 it computes what transformers computes. In bf16 and f16 it rounds as the other families do, which
+    /// transformers' OLMo2 does not: there the norms multiply by their weight in f32 and round afterwards, and the
+    /// rotary tables stay in f32; here both are rounded to the compute dtype first. The results differ by roundings of
+    /// that dtype.
     Olmo2,
     /// Phi-3: fused projections, partially rotated heads.
     Phi3,
@@ -124,14 +129,20 @@ const DROPOUTS: &[&str] = &[
     "resid_pdrop",
 ];
 
+/// Blocks of the deepest model that is believed; the deepest published ones have a few hundred.
+const MAX_LAYERS: usize = 10_000;
+
+/// The widest dimension that is believed, the vocabulary included. Products of two such widths fit into 64 bits.
+const MAX_WIDTH: usize = 1 << 24;
+
 /// Resolves a whole `config.json`; the second part is the keys that nobody knows.
 pub(super) fn read(mut fields: Fields<'_>) -> Result<(ModelConfig, Vec<(String, String)>), ConfigError> {
     let family = family(&mut fields)?;
     refuse_what_is_never_supported(&mut fields)?;
 
-    let hidden_size = fields.count("hidden_size")?;
-    let num_hidden_layers = fields.count("num_hidden_layers")?;
-    let num_attention_heads = fields.count("num_attention_heads")?;
+    let hidden_size = fields.count("hidden_size", MAX_WIDTH)?;
+    let num_hidden_layers = fields.count("num_hidden_layers", MAX_LAYERS)?;
+    let num_attention_heads = fields.count("num_attention_heads", MAX_WIDTH)?;
     let num_key_value_heads = key_value_heads(&mut fields, family, num_attention_heads)?;
     let head_dim = head_dim(&mut fields, family, hidden_size, num_attention_heads)?;
     let max_position_embeddings = match fields.optional("max_position_embeddings")? {
@@ -155,9 +166,9 @@ pub(super) fn read(mut fields: Fields<'_>) -> Result<(ModelConfig, Vec<(String, 
     let default_eps = if matches!(family, Family::Olmo2 | Family::Phi3) { 1e-5 } else { 1e-6 };
     let config = ModelConfig {
         family,
-        vocab_size: fields.count("vocab_size")?,
+        vocab_size: fields.count("vocab_size", MAX_WIDTH)?,
         hidden_size,
-        intermediate_size: fields.count("intermediate_size")?,
+        intermediate_size: fields.count("intermediate_size", MAX_WIDTH)?,
         num_hidden_layers,
         num_attention_heads,
         num_key_value_heads,
@@ -243,6 +254,11 @@ fn head_dim(fields: &mut Fields<'_>, family: Family, hidden: usize, heads: usize
     if dim == 0 || !dim.is_multiple_of(2) {
         return Err(fields.unsupported("head_dim", &Value::from(dim), "rotation needs an even number of dimensions"));
     }
+    // The keys and values are no wider than the queries, so this bounds all three.
+    if heads.checked_mul(dim).is_none_or(|width| width > MAX_WIDTH) {
+        let reason = format!("times num_attention_heads ({heads}) it must be at most {MAX_WIDTH}");
+        return Err(fields.unsupported("head_dim", &Value::from(dim), reason));
+    }
     Ok(dim)
 }
 
@@ -269,6 +285,8 @@ fn windows(fields: &mut Fields<'_>, family: Family, layers: usize) -> Result<Vec
     if window == Some(0) {
         return Err(fields.unsupported("sliding_window", &Value::from(0), "must be at least 1, or null for none"));
     }
+    // No index exceeds an i32, in which backends compare distances, so a wider window hides nothing either.
+    let window = window.map(|window| window.min(i32::MAX as usize));
     let types = fields.optional::<Vec<String>>("layer_types")?;
     let resolved: Vec<Option<usize>> = match family {
         Family::Qwen2 | Family::Qwen3 => {

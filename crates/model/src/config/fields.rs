@@ -123,10 +123,12 @@ impl<'a> Fields<'a> {
         self.optional(key)?.ok_or_else(|| ConfigError::Missing { path: self.path.into(), key: self.full(key) })
     }
 
-    /// A required count; zero makes no model.
-    pub(super) fn count(&mut self, key: &str) -> Result<usize, ConfigError> {
+    /// A required count from 1 to `most`. Zero makes no model, and a number beyond all reason must not decide about
+    /// memory before it is compared with the weights.
+    pub(super) fn count(&mut self, key: &str, most: usize) -> Result<usize, ConfigError> {
         match self.required(key)? {
             0 => Err(self.unsupported(key, &Value::from(0), "must be at least 1")),
+            n if n > most => Err(self.unsupported(key, &Value::from(n), format!("must be at most {most}"))),
             n => Ok(n),
         }
     }

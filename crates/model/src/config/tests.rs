@@ -110,6 +110,31 @@ fn wrong_types_and_missing_keys_name_the_key() {
 }
 
 #[test]
+fn sizes_beyond_all_reason_are_refused_before_anything_is_allocated() {
+    let keys = ["num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads"];
+    for (family, key) in ["llama", "mistral", "qwen3", "phi3"].into_iter().flat_map(|f| keys.map(|key| (f, key))) {
+        for value in [9_000_000_000_000_000, u64::MAX] {
+            let text = error(family, json!({ key: value }));
+            assert!(text.contains(&format!("`{key}` is {value}: must be at most")), "{text}");
+        }
+    }
+    assert!(with("llama", json!({"num_hidden_layers": 10_000})).is_ok());
+    assert!(with("llama", json!({"num_hidden_layers": 10_001})).is_err());
+    for dim in [1 << 62, u64::MAX - 1, 1 << 23] {
+        let text = error("llama", json!({"head_dim": dim}));
+        assert!(text.contains("`head_dim`") && text.contains("times num_attention_heads (4)"), "{text}");
+    }
+    error("llama", json!({"num_key_value_heads": u64::MAX}));
+}
+
+#[test]
+fn a_window_wider_than_any_index_hides_nothing() {
+    let windows = |window: u64| with("mistral", json!({"sliding_window": window})).unwrap().windows;
+    assert_eq!(windows(8), [Some(8); 2]);
+    assert_eq!(windows(u64::MAX), [Some(i32::MAX as usize); 2]);
+}
+
+#[test]
 fn family_defaults_are_their_own() {
     let qwen3 = with("qwen3", json!({})).unwrap();
     assert_eq!((qwen3.head_dim, qwen3.qk_norm), (128, QkNorm::PerHead));

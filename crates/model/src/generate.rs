@@ -1,8 +1,9 @@
 //! Generating text token by token.
 
 use std::cmp::Ordering;
+use std::fmt;
 
-use burn::tensor::Tensor;
+use burn::tensor::{Tensor, TensorData};
 use emberlora_kernels::rng::mix;
 use emberlora_lora::Pass;
 
@@ -49,7 +50,7 @@ pub enum GenerateError {
 }
 
 /// Why a generation ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Finish {
     /// The model produced an end token.
     Eos,
@@ -57,6 +58,8 @@ pub enum Finish {
     Length,
     /// The model's scores were not finite.
     NotFinite,
+    /// The scores could not be computed or read back; what the device said.
+    Failed(String),
 }
 
 /// An iterator over the tokens that follow a prompt. The end token is not among them.
@@ -113,19 +116,39 @@ impl<'m> Generator<'m> {
 
     /// Why it ended, once it has.
     pub fn finish(&self) -> Option<Finish> {
-        self.finish
+        self.finish.clone()
     }
 
-    /// Runs the model over the pending tokens and returns the scores of the next one.
-    fn scores(&mut self) -> Option<Vec<f32>> {
+    /// What went wrong, when it ended neither at an end token nor at the limit.
+    pub fn error(&self) -> Option<&str> {
+        match self.finish.as_ref()? {
+            Finish::Eos | Finish::Length => None,
+            Finish::NotFinite => Some("the model's scores are not finite"),
+            Finish::Failed(reason) => Some(reason),
+        }
+    }
+
+    /// Runs the model over the pending tokens and returns the scores of the next one, or why there are none.
+    fn scores(&mut self) -> Result<Vec<f32>, Finish> {
         let (seq, cached) = (self.pending.len(), self.cache.len());
-        let input = Input::continued(1, seq, &self.pending, cached, &self.model.device()).ok()?;
+        let input = Input::continued(1, seq, &self.pending, cached, &self.model.device())
+            .map_err(|error| Finish::Failed(error.to_string()))?;
         let hidden = self.model.step(&input, &mut self.cache, &self.pass);
         let last: Tensor<3> = hidden.narrow(1, seq - 1, 1);
-        let scores = self.model.logits(last, &self.pass).into_data().try_to_vec::<f32>().ok()?;
-        // −∞ is a legitimate score; NaN and +∞ are not.
-        scores.iter().all(|score| *score < f32::INFINITY).then_some(scores)
+        let data = self.model.logits(last, &self.pass).try_into_data();
+        usable(data.map_err(|error| unreadable(&error))?)
     }
+}
+
+/// The scores, unless one of them makes no probability.
+fn usable(data: TensorData) -> Result<Vec<f32>, Finish> {
+    let scores = data.try_into_vec::<f32>().map_err(|error| unreadable(&error))?;
+    // −∞ is a legitimate score; NaN and +∞ are not.
+    if scores.iter().all(|score| *score < f32::INFINITY) { Ok(scores) } else { Err(Finish::NotFinite) }
+}
+
+fn unreadable(error: &dyn fmt::Display) -> Finish {
+    Finish::Failed(format!("the scores cannot be read from the device: {error}"))
 }
 
 impl Iterator for Generator<'_> {
@@ -139,9 +162,12 @@ impl Iterator for Generator<'_> {
             self.finish = Some(Finish::Length);
             return None;
         }
-        let Some(scores) = self.scores() else {
-            self.finish = Some(Finish::NotFinite);
-            return None;
+        let scores = match self.scores() {
+            Ok(scores) => scores,
+            Err(finish) => {
+                self.finish = Some(finish);
+                return None;
+            }
         };
         let token = choose(&scores, &self.options, self.produced as u64);
         if self.options.eos.contains(&token) {
@@ -191,7 +217,12 @@ fn largest(scores: &[f32]) -> usize {
 
 /// Keeps the smallest set of likeliest tokens whose probability reaches `top_p`.
 fn keep_likeliest(candidates: &mut Vec<(u32, f64)>, top_p: f64) {
-    let enough = top_p * candidates.iter().map(|(_, weight)| weight).sum::<f64>();
+    let total: f64 = candidates.iter().map(|(_, weight)| weight).sum();
+    let enough = top_p * total;
+    // All tokens below this together stay short of what may be left out, so the rest reaches `enough` without them;
+    // sorting a whole vocabulary for every token would cost more than the draw.
+    let least = (1.0 - top_p) * total / candidates.len() as f64;
+    candidates.retain(|(_, weight)| *weight >= least);
     candidates.sort_by(|a, b| b.1.partial_cmp(&a.1).unwrap_or(Ordering::Equal));
     let mut sum = 0.0;
     let kept = candidates.iter().take_while(|(_, weight)| {
@@ -205,6 +236,8 @@ fn keep_likeliest(candidates: &mut Vec<(u32, f64)>, top_p: f64) {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn options(temperature: f64, top_p: f64, seed: u64) -> SamplingOptions {
@@ -240,5 +273,40 @@ mod tests {
         let scores = [5f32.ln(), 3f32.ln(), 2f32.ln()];
         let drawn = |top_p| (0..300).map(|step| choose(&scores, &options(1.0, top_p, 9), step)).max().unwrap();
         assert_eq!((drawn(0.4), drawn(0.6), drawn(0.9)), (0, 1, 2));
+    }
+
+    proptest! {
+        #[test]
+        fn top_p_keeps_what_sorting_the_whole_vocabulary_keeps(
+            scores in prop::collection::vec(-20i32..20, 1..200),
+            divisor in prop::sample::select(vec![1.0, 4.0, 50.0]),
+            top_p in 0.01f64..0.999,
+        ) {
+            let weights = scores.iter().map(|&score| (f64::from(score) / divisor).exp());
+            let mut kept: Vec<(u32, f64)> = (0..).zip(weights).collect();
+            let mut sorted = kept.clone();
+            keep_likeliest(&mut kept, top_p);
+
+            let enough = top_p * sorted.iter().map(|(_, weight)| weight).sum::<f64>();
+            sorted.sort_by(|a, b| b.1.total_cmp(&a.1));
+            let mut sum = 0.0;
+            let needed = sorted.iter().take_while(|(_, weight)| {
+                let more = sum < enough;
+                sum += weight;
+                more
+            });
+            let needed = needed.count();
+            prop_assert_eq!(&kept[..], &sorted[..needed]);
+        }
+    }
+
+    #[test]
+    fn scores_that_are_not_finite_are_told_from_scores_that_cannot_be_read() {
+        let data = |scores: [f32; 2]| TensorData::new(scores.to_vec(), [2]);
+        assert_eq!(usable(data([f32::NEG_INFINITY, 1.0])), Ok(vec![f32::NEG_INFINITY, 1.0]));
+        assert_eq!(usable(data([f32::NAN, 1.0])), Err(Finish::NotFinite));
+        assert_eq!(usable(data([f32::INFINITY, 1.0])), Err(Finish::NotFinite));
+        let Err(Finish::Failed(reason)) = usable(TensorData::new(vec![1i32, 2], [2])) else { panic!("it was read") };
+        assert!(reason.contains("cannot be read"), "{reason}");
     }
 }

@@ -100,6 +100,7 @@ fn greedy_tokens_are_those_of_transformers() {
         let until: Vec<u32> = generator.by_ref().collect();
         assert_eq!(until[..], *case.tokens.split(|token| *token == eos).next().unwrap());
         assert_eq!(generator.finish(), Some(Finish::Eos));
+        assert_eq!(generator.error(), None);
     }
 }
 

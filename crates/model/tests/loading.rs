@@ -8,6 +8,7 @@ use std::path::Path;
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor};
 use common::*;
+use emberlora_model::generate::{Finish, Generator, SamplingOptions};
 use emberlora_model::{CausalLm, FloatDtype, Input, LoadError, LoadOptions};
 use proptest::prelude::*;
 use safetensors::tensor::{Dtype, TensorView};
@@ -116,6 +117,20 @@ fn weights_stored_as_bf16_equal_weights_converted_to_bf16() {
     let (ids, _) = golden("llama");
     let input = Input::unpacked(ROWS, SEQ, &ids, &stored.device()).unwrap();
     assert_close(&logits(&stored, &input), &logits(&widened, &input), 1e-5, "bf16 against the same values in f32");
+}
+
+#[test]
+fn scores_that_are_not_numbers_end_a_generation_with_a_reason() {
+    let broken = model(|tensors| {
+        find(tensors, "model.norm.weight").3[..4].copy_from_slice(&f32::NAN.to_le_bytes());
+    });
+    let (broken, _) = load_dir(broken.path(), &OPTIONS);
+    let mut generator = Generator::new(&broken, &[1, 5, 9], SamplingOptions::greedy(3, vec![])).unwrap();
+    assert_eq!(generator.error(), None);
+    assert_eq!(generator.next(), None);
+    assert_eq!(generator.finish(), Some(Finish::NotFinite));
+    assert!(generator.error().unwrap().contains("not finite"));
+    assert_eq!(generator.next(), None);
 }
 
 #[test]

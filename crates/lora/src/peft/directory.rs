@@ -13,6 +13,9 @@ use super::{CONFIG_FILE, PICKLE_FILE, PeftError, TENSORS_FILE};
 /// The files are written beside the target and brought to the disk before anything is renamed, so the target holds
 /// the old adapter or the new one but never a part of one. Files in an old directory that are not the adapter's, such
 /// as a README, move into the new one.
+///
+/// An error means that the target is as it was. Once the new adapter is in place, what is left to do can only end in a
+/// warning.
 pub(super) fn replace(target: &Path, files: &[(&str, &[u8])]) -> Result<(), PeftError> {
     // Behind a link the directory itself is replaced, not the link.
     let target = match fs::canonicalize(target) {
@@ -37,14 +40,26 @@ pub(super) fn replace(target: &Path, files: &[(&str, &[u8])]) -> Result<(), Peft
             let path = if fs::rename(&aside, &target).is_ok() { &target } else { &aside };
             return Err(failed("replace", path)(error));
         }
-        sync_directory(&parent)?;
-        carry_over(&aside, &target)?;
-        fs::remove_dir_all(&aside).map_err(failed("remove", &aside))?;
+        clear(&parent, &aside, &target);
     } else {
         fs::rename(&fresh.path, &target).map_err(failed("create", &target))?;
-        sync_directory(&parent)?;
+        if let Err(error) = sync_directory(&parent) {
+            tracing::warn!("the adapter is in {}, but {error}", target.display());
+        }
     }
     Ok(())
+}
+
+/// Empties and removes the old directory behind its replacement. Whatever fails leaves it where it is, since it may
+/// hold files that exist nowhere else.
+fn clear(parent: &Path, old: &Path, new: &Path) {
+    let cleared = sync_directory(parent)
+        .and_then(|()| carry_over(old, new))
+        .and_then(|()| fs::remove_dir_all(old).map_err(failed("remove", old)));
+    if let Err(error) = cleared {
+        let (old, new) = (old.display(), new.display());
+        tracing::warn!("the new adapter is in {new}, but {error}; what was there before it stays in {old}");
+    }
 }
 
 /// Whether there is something to replace. Only an adapter or an empty directory may be replaced.
@@ -135,4 +150,34 @@ impl Drop for Scratch {
 pub(super) fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PeftError {
     let path = path.to_owned();
     move |source| PeftError::Io { action, path, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_that_cannot_move_to_the_new_adapter_stay_beside_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (old, nowhere) = (dir.path().join(".adapter.old-1-0"), dir.path().join("gone/adapter"));
+        fs::create_dir(&old).unwrap();
+        fs::write(old.join("README.md"), "mine").unwrap();
+        clear(dir.path(), &old, &nowhere);
+        assert_eq!(fs::read_to_string(old.join("README.md")).unwrap(), "mine");
+    }
+
+    #[test]
+    fn an_old_directory_goes_once_its_other_files_have_moved() {
+        let dir = tempfile::tempdir().unwrap();
+        let (old, new) = (dir.path().join(".adapter.old-1-0"), dir.path().join("adapter"));
+        for place in [&old, &new] {
+            fs::create_dir(place).unwrap();
+            fs::write(place.join(CONFIG_FILE), place.as_os_str().as_encoded_bytes()).unwrap();
+        }
+        fs::write(old.join("README.md"), "mine").unwrap();
+        clear(dir.path(), &old, &new);
+        assert!(!old.exists());
+        assert_eq!(fs::read_to_string(new.join("README.md")).unwrap(), "mine");
+        assert_eq!(fs::read(new.join(CONFIG_FILE)).unwrap(), new.as_os_str().as_encoded_bytes());
+    }
 }

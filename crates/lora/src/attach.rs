@@ -45,14 +45,16 @@ impl AttachedModule {
 /// Gives every module that the options choose a fresh adapter, with which the model computes what it did before.
 ///
 /// # Errors
-/// When the options are not valid, choose nothing, or name targets and layers that the model does not have, and when
-/// the model has adapters already (see [`detach`]). The model is then unchanged.
+/// When the options are not valid, choose nothing, name targets and layers that the model does not have, or give a
+/// module a rank above both its sizes, and when the model has adapters already (see [`detach`]). The model is then
+/// unchanged.
 pub fn attach<P: Projections + ?Sized>(
     model: &mut P,
     options: &LoraOptions,
     device: &Device,
 ) -> Result<AttachReport, LoraError> {
     let plan = plan(model, options, Unmatched::Refuse)?;
+    plan.check_ranks()?;
     let fresh = |module: &PlannedModule| {
         let shape = [module.out_features, module.in_features];
         Adapter::init(&module.name, shape, module.rank, module.scale, options, device)

@@ -14,6 +14,19 @@ pub enum LoraError {
         /// What it may be.
         expected: &'static str,
     },
+    /// A rank above both sides of a weight, which would hold more numbers than the weight and span nothing more.
+    #[error(
+        "the rank of `{module}` would be {rank}; its weight allows at most {bound}, the larger of its sides: \
+         lower `r` or the entry of `rank_pattern` that matches"
+    )]
+    RankTooLarge {
+        /// The module.
+        module: String,
+        /// Its rank, after `rank_pattern`.
+        rank: usize,
+        /// The larger of its input and output sizes.
+        bound: usize,
+    },
     /// A pattern is not a regular expression, or matching it ran out of bounds.
     #[error("{field}: `{pattern}` cannot be used as a regular expression: {source}")]
     Regex {

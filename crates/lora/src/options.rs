@@ -1,4 +1,5 @@
 use crate::LoraError;
+use crate::rules::Rules;
 
 /// How adapters are made and where they go. The fields mean what the fields of PEFT's `LoraConfig` mean.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,6 +27,8 @@ pub struct LoraOptions {
     /// Seed of the initial values of A.
     pub seed: u64,
 }
+
+const FINITE: &str = "finite in single precision";
 
 impl Default for LoraOptions {
     /// The defaults of PEFT's `LoraConfig` with `all-linear` as targets.
@@ -80,6 +83,15 @@ impl LoraOptions {
         (alpha / divisor) as f32
     }
 
+    /// Checks what can be checked without a model: the numbers, and that every pattern is a regular expression. Cheap
+    /// enough to be called before anything is loaded; [`attach()`](crate::attach()) checks the same again.
+    ///
+    /// # Errors
+    /// The first option that no model could be adapted with.
+    pub fn check(&self) -> Result<(), LoraError> {
+        Rules::new(self).map(drop)
+    }
+
     /// Checks the numbers; the patterns are checked when they are compiled.
     pub(crate) fn validate(&self) -> Result<(), LoraError> {
         let fail = |field: String, value: String, expected: &'static str| {
@@ -88,8 +100,10 @@ impl LoraOptions {
         if self.r == 0 {
             return fail("r".into(), "0".into(), "a rank of at least 1");
         }
-        if !self.alpha.is_finite() {
-            return fail("alpha".into(), self.alpha.to_string(), "a finite number");
+        // The scale is used in f32.
+        let finite = |alpha: f64| (alpha as f32).is_finite();
+        if !finite(self.alpha) {
+            return fail("alpha".into(), self.alpha.to_string(), FINITE);
         }
         if !(0.0..1.0).contains(&self.dropout) {
             return fail("dropout".into(), self.dropout.to_string(), "a probability of at least 0 and below 1");
@@ -97,8 +111,8 @@ impl LoraOptions {
         if let Some((pattern, rank)) = self.rank_pattern.iter().find(|(_, rank)| *rank == 0) {
             return fail(format!("rank_pattern.{pattern}"), rank.to_string(), "a rank of at least 1");
         }
-        if let Some((pattern, alpha)) = self.alpha_pattern.iter().find(|(_, alpha)| !alpha.is_finite()) {
-            return fail(format!("alpha_pattern.{pattern}"), alpha.to_string(), "a finite number");
+        if let Some((pattern, alpha)) = self.alpha_pattern.iter().find(|(_, alpha)| !finite(*alpha)) {
+            return fail(format!("alpha_pattern.{pattern}"), alpha.to_string(), FINITE);
         }
         Ok(())
     }

@@ -31,6 +31,20 @@ pub(crate) enum Unmatched {
     Accept,
 }
 
+impl Plan {
+    /// Refuses ranks that only a slip can have meant, before matrices of that size are made. Adapters that exist
+    /// already have the ranks they have.
+    pub(crate) fn check_ranks(&self) -> Result<(), LoraError> {
+        let bound = |module: &PlannedModule| module.in_features.max(module.out_features);
+        match self.modules.iter().find(|module| module.rank > bound(module)) {
+            Some(module) => {
+                Err(LoraError::RankTooLarge { module: module.name.clone(), rank: module.rank, bound: bound(module) })
+            }
+            None => Ok(()),
+        }
+    }
+}
+
 /// Name and shape `[out_features, in_features]` of every projection.
 fn survey<P: Projections + ?Sized>(model: &P) -> Vec<(String, [usize; 2])> {
     let mut all = Vec::new();

@@ -95,6 +95,38 @@ fn patterns_set_rank_and_scale() {
 }
 
 #[test]
+fn a_rank_above_both_sides_of_a_weight_is_an_error_before_anything_is_made() {
+    for rank in [INNER + 1, 100_000_000_000, usize::MAX] {
+        let message = refusal(&LoraOptions { r: rank, ..options(2, Targets::AllLinear) });
+        let expected = format!("`model.layers.0.mlp.up_proj` would be {rank}; its weight allows at most {INNER}");
+        assert!(message.contains(&expected), "{message}");
+    }
+    let head = LoraOptions { rank_pattern: vec![("lm_head".into(), WIDTH + 1)], ..options(2, suffixes(&["lm_head"])) };
+    assert!(refusal(&head).contains("`lm_head` would be 7; its weight allows at most 6"));
+    names(&options(INNER, Targets::AllLinear));
+}
+
+#[test]
+fn options_are_checked_without_a_model() {
+    let plain = options(2, Targets::AllLinear);
+    plain.check().unwrap();
+    for (options, start) in [
+        (LoraOptions { targets: Targets::Regex("(q".into()), ..plain.clone() }, "targets: `(q`"),
+        (LoraOptions { exclude: Exclude::Regex("*".into()), ..plain.clone() }, "exclude: `*`"),
+        (LoraOptions { rank_pattern: vec![("up".into(), 2), ("[".into(), 2)], ..plain.clone() }, "rank_pattern: `[`"),
+        (
+            LoraOptions { alpha_pattern: vec![("a{2".into(), 2.0), (")".into(), 2.0)], ..plain.clone() },
+            "alpha_pattern: `)`",
+        ),
+        (LoraOptions { alpha: 1e300, ..plain.clone() }, "alpha is 1000"),
+        (LoraOptions { r: 0, ..plain.clone() }, "r is 0"),
+    ] {
+        let message = options.check().unwrap_err().to_string();
+        assert!(message.starts_with(start), "{message}");
+    }
+}
+
+#[test]
 fn attaching_twice_is_an_error_until_detached() {
     let device = Device::flex();
     let mut model = Tiny::new(&device);
@@ -131,8 +163,8 @@ fn initial_values_depend_on_seed_and_module_alone() {
 proptest! {
     #[test]
     fn trainable_parameters_are_the_sum_of_r_times_in_plus_out(
-        r in 1usize..9,
-        special in 1usize..9,
+        r in 1usize..=WIDTH,
+        special in 1usize..=INNER,
         head in any::<bool>(),
     ) {
         let device = Device::flex();

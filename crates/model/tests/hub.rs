@@ -213,6 +213,16 @@ fn a_refused_connection_names_the_address_and_the_cache() {
 }
 
 #[test]
+fn a_path_that_reads_like_an_id_is_an_error_that_speaks_of_the_directory_first() {
+    let (hub, home) = (Hub::serve(tiny()), tempfile::tempdir().unwrap());
+    for address in [&hub.address, &closed_port()] {
+        let error = resolve_with(&settings(address, &home), "models/absent", "main", &mut ()).unwrap_err().to_string();
+        assert!(error.starts_with("there is no directory `models/absent` here: fetch the model into it"), "{error}");
+        assert!(error.contains(address.as_str()), "{error}");
+    }
+}
+
+#[test]
 fn what_the_hub_does_not_have_is_an_error_that_mentions_the_token() {
     let (hub, home) = (Hub::serve(tiny()), tempfile::tempdir().unwrap());
     for (id, revision) in [("org/absent", "main"), ("org/tiny", "no-such-branch")] {

@@ -1,6 +1,6 @@
 //! Why a model could not be found or fetched.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::config::ConfigError;
 use crate::weights::{INDEX, LoadError, SINGLE};
@@ -10,12 +10,25 @@ use crate::weights::{INDEX, LoadError, SINGLE};
 #[non_exhaustive]
 pub enum HubError {
     /// It is written like a path, and there is no such directory.
-    #[error("`{0}` is not a directory, and does not read like an id on the hub (`org/name`) either")]
+    #[error("{} It does not read like an id on the hub (`org/name`)", absent(.0))]
     NoSuchDirectory(String),
+    /// A revision was asked for of a model that is a local directory.
+    #[error(
+        "`{}` is a local directory, which has no revisions, but `model.revision` is `{revision}`: leave \
+         it at `main`, or name the model by its id on the hub",
+        dir.display()
+    )]
+    RevisionOfDirectory {
+        /// The directory.
+        dir: PathBuf,
+        /// The revision.
+        revision: String,
+    },
     /// The hub has no such repository, or not this revision or file of it.
     #[error(
-        "`{id}` is not a directory here, and {endpoint} has no {what} of that name at revision `{revision}`; a private \
-         repository looks the same without a token in HF_TOKEN"
+        "{} {endpoint} has no {what} of that name at revision `{revision}`; a private repository looks the same \
+         without a token in HF_TOKEN",
+        absent(id)
     )]
     NotFound {
         /// The id.
@@ -29,7 +42,8 @@ pub enum HubError {
     },
     /// The hub refuses.
     #[error(
-        "{endpoint} refuses access to `{id}` (HTTP {status}): {}",
+        "{} {endpoint} refuses access to an id of that name (HTTP {status}): {}",
+        absent(id),
         if *with_token {
             "the token in HF_TOKEN does not allow it; accept the model's terms on its page, or use another token"
         } else {
@@ -47,7 +61,11 @@ pub enum HubError {
         with_token: bool,
     },
     /// The hub could not be reached or broke off.
-    #[error("`{id}`: {endpoint} cannot be reached, and there is no complete copy in {}: {reason}", cache.display())]
+    #[error(
+        "{} As an id on the hub: {endpoint} cannot be reached, and there is no complete copy in {}: {reason}",
+        absent(id),
+        cache.display()
+    )]
     Connection {
         /// The id.
         id: String,
@@ -90,4 +108,38 @@ pub enum HubError {
     /// The list of shards is malformed or names files outside the repository.
     #[error(transparent)]
     Index(#[from] LoadError),
+}
+
+/// Says first what is most often the mistake: a path that is wrong, or a model that was not fetched yet.
+fn absent(source: &str) -> String {
+    let mut text = format!("there is no directory `{source}` here");
+    if looks_like_a_path(source) {
+        text.push_str(": fetch the model into it, or correct the path (relative to where the command runs)");
+    }
+    text.push('.');
+    text
+}
+
+/// Whether somebody who wrote `source` probably meant a directory, though it may read like an id.
+fn looks_like_a_path(source: &str) -> bool {
+    let parents = Path::new(source).parent().filter(|parent| !parent.as_os_str().is_empty());
+    source.starts_with(['.', '/', '~'])
+        || source.starts_with("models/")
+        || source.matches('/').count() > 1
+        || parents.is_some_and(Path::is_dir)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_recognised_although_they_read_like_ids() {
+        for path in ["models/smollm2", "./model", "/models/x", "~/model", "a/b/c", "src/hub"] {
+            assert!(looks_like_a_path(path), "{path}");
+        }
+        for id in ["gpt2", "HuggingFaceTB/SmolLM2-135M-Instruct"] {
+            assert!(!looks_like_a_path(id), "{id}");
+        }
+    }
 }

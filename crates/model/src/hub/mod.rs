@@ -16,6 +16,9 @@ pub use error::HubError;
 use crate::config::ModelConfig;
 use crate::weights::{INDEX, SINGLE, shards};
 
+/// The branch that a repository of the hub begins with; the only revision of a local directory.
+const DEFAULT_REVISION: &str = "main";
+
 /// A model directory and where it came from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -97,6 +100,9 @@ pub fn resolve_with(
 ) -> Result<ModelSource, HubError> {
     let path = Path::new(source);
     if path.is_dir() {
+        if revision != DEFAULT_REVISION {
+            return Err(HubError::RevisionOfDirectory { dir: path.to_owned(), revision: revision.to_owned() });
+        }
         return Ok(ModelSource { dir: path.to_owned(), commit: None });
     }
     if !is_hub_id(source) {
@@ -325,6 +331,14 @@ mod tests {
         let found = resolve(dir.path().to_str().unwrap(), "main", &mut ()).unwrap();
         assert_eq!((found.dir.as_path(), found.commit), (dir.path(), None));
         let error = resolve("./no/such/model", "main", &mut ()).unwrap_err().to_string();
-        assert!(error.contains("./no/such/model") && error.contains("not a directory"), "{error}");
+        assert!(error.starts_with("there is no directory `./no/such/model` here: fetch the model"), "{error}");
+    }
+
+    #[test]
+    fn a_directory_has_no_revisions() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = resolve(dir.path().to_str().unwrap(), "v1.0", &mut ()).unwrap_err();
+        assert!(matches!(error, HubError::RevisionOfDirectory { .. }), "{error}");
+        assert!(error.to_string().contains("`v1.0`"), "{error}");
     }
 }

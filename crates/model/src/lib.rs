@@ -31,7 +31,7 @@ mod weights;
 pub use cache::KvCache;
 pub use causal_lm::CausalLm;
 pub use checkpointing::Checkpointing;
-pub use config::{ConfigError, Family, ModelConfig, NormPlacement, QkNorm, stop_tokens};
+pub use config::{ConfigError, Family, ModelConfig, NormPlacement, QkNorm, stop_tokens, unapplied_settings};
 pub use emberlora_kernels::AttentionKind;
 pub use emberlora_quant::FloatDtype;
 pub use hash::hash_files;

@@ -147,6 +147,30 @@ pub fn stop_tokens(dir: &Path) -> Result<Vec<u32>, ConfigError> {
     Ok(Vec::new())
 }
 
+/// The settings of `generation_config.json` that change which token transformers takes next, also when it takes the
+/// likeliest, and that [`generate`](crate::generate) does not apply: each as `key: value`.
+///
+/// # Errors
+/// A file that is there and malformed.
+pub fn unapplied_settings(dir: &Path) -> Result<Vec<String>, ConfigError> {
+    /// Each with the value that changes nothing.
+    const SETTINGS: [(&str, f64); 4] =
+        [("repetition_penalty", 1.0), ("no_repeat_ngram_size", 0.0), ("min_length", 0.0), ("min_new_tokens", 0.0)];
+    let path = dir.join("generation_config.json");
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let mut fields = Fields::new(&path, "", read_object(&path)?);
+    let mut found = Vec::new();
+    for (key, neutral) in SETTINGS {
+        let value = fields.or(key, neutral)?;
+        if value != neutral {
+            found.push(format!("{key}: {value}"));
+        }
+    }
+    Ok(found)
+}
+
 fn read_object(path: &Path) -> Result<Map<String, Value>, ConfigError> {
     let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
     parse_object(&text, path)

@@ -78,6 +78,20 @@ pub enum TrainError {
         /// The directory.
         dir: PathBuf,
     },
+    /// The directory cannot be created or written to.
+    #[error("output {}: {} {}; choose another `output`", dir.display(), at.display(), match source.kind() {
+        io::ErrorKind::NotADirectory => "is not a directory",
+        _ => "cannot be written to",
+    })]
+    OutputUnusable {
+        /// The directory.
+        dir: PathBuf,
+        /// What of its path exists.
+        at: PathBuf,
+        /// What the operating system says.
+        #[source]
+        source: io::Error,
+    },
     /// A file of the run could not be written.
     #[error("{}: cannot be {action}", path.display())]
     Io {
@@ -99,7 +113,8 @@ impl TrainError {
             | Self::NothingToEvaluate
             | Self::NothingToTrain
             | Self::Input { .. }
-            | Self::OutputInUse { .. } => true,
+            | Self::OutputInUse { .. }
+            | Self::OutputUnusable { .. } => true,
             Self::NotFinite { .. }
             | Self::EvaluationNotFinite { .. }
             | Self::Device { .. }

@@ -36,7 +36,7 @@ pub enum Event {
         /// Where it lies.
         dir: PathBuf,
     },
-    /// The run was ended before its last step; the adapter has been written.
+    /// The run was ended before it was done; the adapter has been written.
     Stopped {
         /// The number of steps taken.
         step: usize,
@@ -47,10 +47,10 @@ pub enum Event {
     Finished(Summary),
 }
 
-/// Why a run ended before its last step.
+/// Why a run ended before it was done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StopReason {
-    /// The interrupt flag was raised; the step under way was finished.
+    /// The interrupt flag was raised; the step under way was finished, an evaluation given up.
     Interrupted,
     /// A loss or a gradient was not finite; the run returns the error right after this event.
     NotFinite,
@@ -92,7 +92,8 @@ pub struct StepMetrics {
     pub step_seconds: f64,
     /// The process's largest resident set so far; `None` where the system does not tell.
     pub peak_memory_bytes: Option<u64>,
-    /// Whether `log_every` asks for this step to be logged. A progress bar may show every step.
+    /// Whether `log_every` asks for a line on the console. A progress bar may show every step, and a file keeps every
+    /// one.
     #[serde(skip)]
     pub log: bool,
 }
@@ -110,7 +111,7 @@ pub struct Summary {
     pub eval_before: Option<Evaluation>,
     /// The last evaluation, where there is held-out data.
     pub eval_after: Option<Evaluation>,
-    /// `None`: the run took all its steps.
+    /// `None`: the run took all its steps and evaluated where they led.
     pub stopped: Option<StopReason>,
 }
 

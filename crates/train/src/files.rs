@@ -17,8 +17,9 @@ pub const ADAPTER: &str = "adapter";
 
 /// The files of a run: `config.yaml` and `provenance.json` once, `metrics.jsonl` as it goes on.
 ///
-/// A line of metrics is on disk before the next step begins. Numbers are written with as many digits as it takes to read
-/// the same number back.
+/// Every step has a line of metrics, which is on disk before the next step begins; what `log_every` thins out is what a
+/// person reads. Numbers are written with as many digits as it takes to read the same number back. A step without a
+/// trained token has no loss, so its line says `"skipped": true` in its place.
 #[derive(Debug)]
 pub struct RunFiles {
     path: PathBuf,
@@ -26,22 +27,35 @@ pub struct RunFiles {
 }
 
 impl RunFiles {
-    /// Refuses a directory that already holds a run. Called before anything slow is done; [`RunFiles::create`] looks
-    /// again.
+    /// Refuses a directory that already holds a run, or that cannot be created or written to. It leaves nothing behind.
+    /// Called before anything slow is done; [`RunFiles::create`] looks again.
     ///
     /// # Errors
-    /// [`TrainError::OutputInUse`].
+    /// [`TrainError::OutputInUse`], [`TrainError::OutputUnusable`].
     pub fn check(output: &Path) -> Result<(), TrainError> {
-        match output.join(METRICS).exists() {
-            true => Err(TrainError::OutputInUse { dir: output.to_owned() }),
-            false => Ok(()),
+        if output.join(METRICS).exists() {
+            return Err(TrainError::OutputInUse { dir: output.to_owned() });
         }
+        let unusable =
+            |at: &Path, source| TrainError::OutputUnusable { dir: output.to_owned(), at: at.to_owned(), source };
+        // What exists of the path decides: the rest can be created in a directory that can be written to.
+        for at in output.ancestors() {
+            let at = if at.as_os_str().is_empty() { Path::new(".") } else { at };
+            match fs::metadata(at) {
+                Ok(found) if !found.is_dir() => return Err(unusable(at, io::ErrorKind::NotADirectory.into())),
+                // Permissions do not tell all, as of a file system that is mounted read-only: a file does.
+                Ok(_) => return tempfile::tempfile_in(at).map(drop).map_err(|source| unusable(at, source)),
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Err(unusable(at, error)),
+                Err(_) => {}
+            }
+        }
+        Ok(())
     }
 
     /// Creates the directory and its files. `config` is the resolved recipe.
     ///
     /// # Errors
-    /// [`TrainError::OutputInUse`], [`TrainError::Io`].
+    /// [`TrainError::OutputInUse`], [`TrainError::OutputUnusable`], [`TrainError::Io`].
     pub fn create(output: &Path, config: &str, provenance: &impl Serialize) -> Result<Self, TrainError> {
         Self::check(output)?;
         let io = |path: &Path, action| {
@@ -80,19 +94,22 @@ impl RunFiles {
 impl Listener for RunFiles {
     fn event(&mut self, event: &Event) -> Result<(), TrainError> {
         match event {
-            Event::Step(metrics) if metrics.log => self.line(metrics),
+            Event::Step(metrics) => self.line(metrics),
+            Event::Skipped { step, rows } => self.line(&SkippedLine { step: *step, skipped: true, rows }),
             Event::Eval { step, epoch, evaluation } => {
                 let Evaluation { loss, perplexity, tokens, seconds } = *evaluation;
                 self.line(&EvalLine { split: "eval", step: *step, epoch: *epoch, loss, perplexity, tokens, seconds })
             }
-            Event::Step(_)
-            | Event::RunStarted(_)
-            | Event::Skipped { .. }
-            | Event::Saved { .. }
-            | Event::Stopped { .. }
-            | Event::Finished(_) => Ok(()),
+            Event::RunStarted(_) | Event::Saved { .. } | Event::Stopped { .. } | Event::Finished(_) => Ok(()),
         }
     }
+}
+
+#[derive(Serialize)]
+struct SkippedLine<'a> {
+    step: usize,
+    skipped: bool,
+    rows: &'a [String],
 }
 
 #[derive(Serialize)]
@@ -151,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_read_back_exactly_and_unlogged_steps_are_left_out() {
+    fn every_step_has_a_line_whose_numbers_read_back_exactly() {
         let dir = tempfile::tempdir().unwrap();
         let output = dir.path().join("deep/er");
         let mut files = RunFiles::create(&output, "seed: 1\n", &json!({"seed": 1})).unwrap();
@@ -159,10 +176,10 @@ mod tests {
         files.event(&Event::Eval { step: 0, epoch: 0.0, evaluation }).unwrap();
         files.event(&step(1, true)).unwrap();
         files.event(&step(2, false)).unwrap();
-        files.event(&step(3, true)).unwrap();
+        files.event(&Event::Skipped { step: 3, rows: vec!["a.jsonl:7".into()] }).unwrap();
 
         let lines = lines(&output);
-        assert_eq!(lines.len(), 3);
+        assert_eq!(lines.len(), 4);
         assert_eq!((&lines[0]["split"], &lines[0]["perplexity"]), (&json!("eval"), &json!(0.1f64.exp())));
         let Event::Step(expected) = step(1, true) else { unreachable!() };
         assert_eq!(lines[1], serde_json::to_value(&expected).unwrap());
@@ -170,7 +187,8 @@ mod tests {
         assert_eq!(lines[1]["loss"].as_f64(), Some(expected.loss));
         assert_eq!(lines[1]["grad_norm"].as_f64(), Some(f64::MIN_POSITIVE));
         assert!(lines[1].get("log").is_none());
-        assert_eq!(lines[2]["step"], 3);
+        assert_eq!(lines[2]["step"], 2, "log_every is for the console");
+        assert_eq!(lines[3], json!({"step": 3, "skipped": true, "rows": ["a.jsonl:7"]}));
         assert_eq!(fs::read_to_string(output.join(CONFIG)).unwrap(), "seed: 1\n");
     }
 
@@ -194,11 +212,38 @@ mod tests {
     }
 
     #[test]
-    fn an_output_that_is_a_file_is_an_error_that_names_it() {
+    fn an_output_that_is_a_file_or_below_one_is_an_error_that_names_it() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("taken");
         fs::write(&file, "").unwrap();
-        let error = RunFiles::create(&file, "", &json!({})).unwrap_err();
-        assert!(matches!(&error, TrainError::Io { path, .. } if path.starts_with(&file)), "{error}");
+        for output in [file.clone(), file.join("run"), file.join("deep/er")] {
+            let error = RunFiles::check(&output).unwrap_err();
+            assert!(matches!(&error, TrainError::OutputUnusable { at, .. } if *at == file), "{error}");
+            assert!(error.is_wrong_input());
+        }
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn an_output_that_may_not_be_written_to_is_an_error() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let closed = dir.path().join("closed");
+        fs::create_dir(&closed).unwrap();
+        fs::set_permissions(&closed, fs::Permissions::from_mode(0o555)).unwrap();
+        // Nothing is closed to a superuser.
+        if tempfile::tempfile_in(&closed).is_err() {
+            assert!(matches!(RunFiles::check(&closed.join("run")), Err(TrainError::OutputUnusable { .. })));
+        }
+    }
+
+    #[test]
+    fn looking_leaves_nothing_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        RunFiles::check(&dir.path().join("deep/er")).unwrap();
+        RunFiles::check(dir.path()).unwrap();
+        RunFiles::check(Path::new("no-such-run")).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        assert!(!Path::new("no-such-run").exists());
     }
 }

@@ -81,8 +81,8 @@ impl Provenance {
     /// The resolved recipe `config`, with everything that identifies what it read in comments above it.
     pub fn annotate(&self, config: &str) -> String {
         let mut lines = vec![
-            "The recipe of this run, every value resolved; it can be run again as it is. provenance.json says more."
-                .into(),
+            "The recipe of this run, every value resolved; to run it again, give it another output=.".into(),
+            "provenance.json says more.".into(),
             format!("emberlora: {}", self.versions.emberlora),
             format!("burn: {}", self.versions.burn),
             format!("device: {}", self.device),

@@ -35,7 +35,6 @@ pub struct TrainState {
     max_grad_norm: Option<f64>,
     seed: u64,
     steps: usize,
-    micro_batches: u64,
 }
 
 /// Loss and gradient of one optimizer step, still on the device.
@@ -86,16 +85,7 @@ impl TrainState {
             .with_epsilon(eps as f32)
             .with_weight_decay(weight_decay as f32)
             .init();
-        Ok(Self {
-            last_good: (model.clone(), 0),
-            model,
-            optimizer,
-            schedule,
-            max_grad_norm,
-            seed,
-            steps: 0,
-            micro_batches: 0,
-        })
+        Ok(Self { last_good: (model.clone(), 0), model, optimizer, schedule, max_grad_norm, seed, steps: 0 })
     }
 
     /// The model as it is now.
@@ -153,19 +143,20 @@ impl TrainState {
         }))
     }
 
-    /// Loss and gradient of `micro_batches` at the current parameters, which stay as they are. `None` without any
-    /// trained token.
+    /// Loss and gradient of `micro_batches` at the current parameters. `None` without any trained token.
+    ///
+    /// Looking changes nothing: dropout masks follow from the seed, the number of the optimizer step and the place of the
+    /// micro-batch in it, so the next [`TrainState::step`] over the same batches has this loss and this gradient.
     ///
     /// # Errors
     /// [`TrainError::Input`].
-    pub fn gradients(&mut self, micro_batches: &[Batch]) -> Result<Option<StepGradients>, TrainError> {
+    pub fn gradients(&self, micro_batches: &[Batch]) -> Result<Option<StepGradients>, TrainError> {
         let weight = 1.0 / trained_tokens(micro_batches) as f32;
         let mut losses = Vec::with_capacity(micro_batches.len());
         let mut sum = GradientsAccumulator::new();
-        for batch in micro_batches {
-            // Counted also where nothing is trained: the masks of a micro-batch follow from its place in the run alone.
-            let pass = Pass::train(self.seed, self.micro_batches);
-            self.micro_batches += 1;
+        for (index, batch) in micro_batches.iter().enumerate() {
+            // Step and index in one number; neither comes near 2^32.
+            let pass = Pass::train(self.seed, (self.steps as u64) << 32 | index as u64);
             if batch.targets.is_empty() {
                 continue;
             }
@@ -177,12 +168,7 @@ impl TrainState {
     }
 
     /// Reads loss and gradient norm from the device, in one transfer, and refuses what is not finite.
-    fn read(
-        &mut self,
-        losses: Tensor<1>,
-        grads: &GradientsParams,
-        batches: &[Batch],
-    ) -> Result<(f64, f64), TrainError> {
+    fn read(&self, losses: Tensor<1>, grads: &GradientsParams, batches: &[Batch]) -> Result<(f64, f64), TrainError> {
         let count = losses.dims()[0];
         let numbers = match gradients::squared_norms(&self.model, grads) {
             Some(squares) => read(Tensor::cat(vec![losses, squares], 0))?,

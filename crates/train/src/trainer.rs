@@ -103,9 +103,9 @@ impl<'a> Trainer<'a> {
         self.state.model()
     }
 
-    /// Trains to the end, or until `interrupt` is raised: the step under way is then finished. Either way the adapter is
-    /// written. With held-out data the model is evaluated before the first step, after the last one and every
-    /// `eval_every` steps between.
+    /// Trains to the end, or until `interrupt` is raised: the step under way is then finished, an evaluation given up.
+    /// Either way the adapter is written. With held-out data the model is evaluated before the first step, after the last
+    /// one and every `eval_every` steps between.
     ///
     /// # Errors
     /// [`TrainError::NotFinite`] and [`TrainError::EvaluationNotFinite`], after the last good adapter was written;
@@ -147,7 +147,8 @@ impl<'a> Trainer<'a> {
                     self.evaluate(run, epochs)?;
                 }
                 if finished {
-                    return self.finish(run);
+                    // Interrupted this late, all steps are taken, but perhaps not the last evaluation.
+                    return if run.interrupted() { self.stop(run) } else { self.finish(run) };
                 }
             }
             epoch += 1;

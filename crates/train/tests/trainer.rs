@@ -153,6 +153,17 @@ fn an_interrupt_during_evaluation_stops_before_the_first_step() {
 }
 
 #[test]
+fn an_interrupt_during_the_last_evaluation_is_one_although_all_steps_are_taken() {
+    let watch = |event: &Event, interrupt: &AtomicBool| {
+        if shorthand(event) == "save/2" {
+            interrupt.store(true, Ordering::SeqCst);
+        }
+    };
+    let ran = run_with(0.0, rows(0..4), Some(rows(9..10)), options(2), watch);
+    assert_eq!(ran.order(), "start/2 eval/0 step/1 step/2 save/2 stop/2/Interrupted");
+}
+
+#[test]
 fn a_loss_that_is_not_finite_stops_the_run_with_the_rows_and_the_last_good_adapter() {
     // The first update throws the parameters so far away that the second step's activations overflow.
     let options = TrainOptions { learning_rate: 1e30, max_grad_norm: None, ..options(10) };
@@ -197,6 +208,41 @@ fn the_same_seed_gives_the_same_run_with_dropout() {
     assert_eq!(dropped(3), dropped(3));
     assert_ne!(dropped(3), dropped(4));
     assert_ne!(dropped(3), run(rows(0..4), None, options(4)).losses());
+}
+
+#[test]
+fn a_look_at_the_gradient_changes_no_dropout_mask() {
+    let losses = |looks: usize| {
+        let schedule = options(3).schedule(3);
+        let mut state = TrainState::new(model(0.2), options(3).optimizer, schedule, None, 3).unwrap();
+        let step = |_| {
+            for _ in 0..looks {
+                state.gradients(&rows(0..2)).unwrap();
+            }
+            state.step(&rows(0..2)).unwrap().unwrap().loss
+        };
+        (0..3).map(step).collect::<Vec<f64>>()
+    };
+    assert_eq!(losses(0), losses(2));
+}
+
+#[test]
+fn micro_batches_of_a_step_and_steps_have_masks_of_their_own() {
+    let mut state = TrainState::new(model(0.5), options(3).optimizer, options(3).schedule(3), None, 3).unwrap();
+    // B starts at zero, where no mask can be seen.
+    state.step(&rows(0..1)).unwrap();
+    let losses = |state: &TrainState| -> Vec<f32> {
+        let same = [batch(1, 12, 4), batch(1, 12, 4)];
+        state.gradients(&same).unwrap().unwrap().losses.into_data().try_to_vec().unwrap()
+    };
+    let first = losses(&state);
+    // A step that trains nothing moves on and leaves the parameters, so the masks alone tell the losses apart.
+    assert!(state.step(&[batch(2, 9, 9)]).unwrap().is_none());
+    let second = losses(&state);
+    let mut all = [first, second].concat();
+    all.sort_by(f32::total_cmp);
+    all.dedup();
+    assert_eq!(all.len(), 4, "{all:?}");
 }
 
 #[test]

@@ -66,6 +66,26 @@ fn greedy_text_is_the_same_each_time() {
 }
 
 #[test]
+fn a_prompt_may_begin_with_a_hyphen() {
+    assert!(!generated(&["--prompt", "-5 plus 3 is"]).is_empty());
+}
+
+#[test]
+fn settings_of_the_model_that_are_not_applied_are_warned_of() {
+    let model = tempfile::tempdir().unwrap();
+    for file in fs::read_dir("examples/quickstart/model").unwrap().map(Result::unwrap) {
+        fs::copy(file.path(), model.path().join(file.file_name())).unwrap();
+    }
+    let settings = r#"{"repetition_penalty": 1.1, "no_repeat_ngram_size": 0, "temperature": 0.6}"#;
+    fs::write(model.path().join("generation_config.json"), settings).unwrap();
+    let source = set("model.source", model.path());
+    let ran = emberlora(&["generate", "--recipe", QUICKSTART, &source, "--max-new-tokens", "1", "--prompt", "a"]);
+    assert!(ran.stderr.contains("repetition_penalty: 1.1 is not applied"), "{}", ran.stderr);
+    assert!(!ran.stderr.contains("ngram") && !ran.stderr.contains("temperature"), "{}", ran.stderr);
+    ran.ok();
+}
+
+#[test]
 fn a_seed_fixes_what_is_sampled() {
     let sampled = |seed: &str| generated(&["--prompt", "Once", "--temperature", "1.5", "--seed", seed]);
     assert_eq!(sampled("1"), sampled("1"));

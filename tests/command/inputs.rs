@@ -72,13 +72,26 @@ fn evaluation_without_rows_says_where_to_name_them() {
 }
 
 #[test]
-fn an_output_that_cannot_be_written_is_a_failure_while_running() {
+fn an_output_that_cannot_be_written_is_refused_before_anything_is_read() {
     let folder = tempfile::tempdir().unwrap();
     let taken = folder.path().join("taken");
     fs::write(&taken, "").unwrap();
     let output = set("output", &taken.join("run"));
-    let message = emberlora(&["train", QUICKSTART, "train.max_steps=1", &output]).fails(1);
-    assert!(message.contains("taken"), "{message}");
+    check(&["train", QUICKSTART, "model.source=./no/such/model", &output], &["taken", "is not a directory"]);
+}
+
+#[test]
+fn a_model_directory_that_is_missing_is_not_only_looked_for_on_the_hub() {
+    let mut eval = crate::command(&["eval", QUICKSTART, "model.source=models/no-such-model"]);
+    // Nobody listens on the port of the discard service.
+    eval.env("HF_ENDPOINT", "http://127.0.0.1:9");
+    let message = finish(eval, "").fails(1);
+    assert!(message.contains("there is no directory `models/no-such-model` here: fetch the model"), "{message}");
+}
+
+#[test]
+fn a_revision_of_a_local_directory_is_refused() {
+    check(&["eval", QUICKSTART, "model.revision=v2"], &["model.revision", "v2", "examples/quickstart/model"]);
 }
 
 #[test]

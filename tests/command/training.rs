@@ -29,6 +29,27 @@ fn a_run_ends_with_figures_samples_and_files() {
 }
 
 #[test]
+fn steps_that_are_not_shown_are_in_the_metrics() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("run");
+    let overrides = ["train.max_steps=4", "train.log_every=10", "data.eval=null", "train.eval_every=null"];
+    let ran = emberlora(&[&["train", QUICKSTART, &set("output", &output)], &overrides[..]].concat());
+    assert!(ran.stderr.contains("step 4/4") && !ran.stderr.contains("step 2/4"), "{}", ran.stderr);
+    ran.ok();
+    assert_eq!(json_lines(&fs::read_to_string(output.join("metrics.jsonl")).unwrap()).len(), 4);
+}
+
+#[test]
+fn a_run_whose_numbers_go_wrong_says_which_adapter_it_wrote() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("run");
+    let overrides = ["train.learning_rate=1e30", "train.max_grad_norm=null", "train.schedule.warmup_ratio=0.0"];
+    let message = emberlora(&[&["train", QUICKSTART, &set("output", &output)], &overrides[..]].concat()).fails(1);
+    assert!(message.contains("stopped after step 1 of 60") && message.contains("before the first step"), "{message}");
+    assert!(output.join("adapter/adapter_model.safetensors").is_file());
+}
+
+#[test]
 fn the_resolved_recipe_repeats_the_run() {
     let folder = tempfile::tempdir().unwrap();
     let [first, second] = ["first", "second"].map(|name| folder.path().join(name));
@@ -59,9 +80,11 @@ fn an_interruption_finishes_the_step_and_writes_the_adapter() {
         .unwrap();
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
     assert!(lines.any(|line| line.starts_with("step 1/")), "it began");
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    // Every shell has `kill`; as a program of its own not every system has it.
+    assert!(Command::new("sh").args(["-c", &format!("kill -INT {}", child.id())]).status().unwrap().success());
     let rest: Vec<String> = lines.collect();
     assert_eq!(child.wait().unwrap().code(), Some(130), "{rest:?}");
-    assert!(rest.iter().any(|line| line.starts_with("stopped after step ")), "{rest:?}");
+    let stopped = rest.iter().find(|line| line.starts_with("stopped after step ")).unwrap();
+    assert!(stopped.contains("the adapter is written as it was after step "), "{stopped}");
     assert!(output.join("adapter/adapter_model.safetensors").is_file());
 }

@@ -95,9 +95,10 @@ pub(crate) struct GenerateArgs {
 #[group(required = true, multiple = false)]
 pub(crate) struct PromptArgs {
     /// Continue this text as it stands
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) prompt: Option<String>,
-    /// Answer this message through the chat template; without TEXT, hold a conversation over the lines of standard input
+    /// Answer this message through the chat template; without TEXT, hold a conversation over the lines of standard
+    /// input. A message that begins with a hyphen follows an equals sign: --chat="- x"
     #[arg(long, value_name = "TEXT", num_args = 0..=1)]
     pub(crate) chat: Option<Option<String>>,
 }
@@ -175,6 +176,19 @@ mod tests {
             chat("emberlora generate --recipe a seed=1 --chat hi"),
             (Some(Some("hi".to_owned())), vec!["seed=1".to_owned()])
         );
+    }
+
+    #[test]
+    fn a_text_may_begin_with_a_hyphen() {
+        let input = |text: &str| match Cli::try_parse_from(
+            ["emberlora", "generate", "--recipe", "a"].into_iter().chain(text.split('|')),
+        ) {
+            Ok(Cli { command: Command::Generate(args) }) => (args.input.prompt, args.input.chat.flatten()),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(input("--prompt|-5 plus 3 is"), (Some("-5 plus 3 is".to_owned()), None));
+        assert_eq!(input("--chat=- x"), (None, Some("- x".to_owned())));
+        assert_eq!(input("--chat|--seed|1"), (None, None));
     }
 
     #[test]

@@ -3,22 +3,25 @@
 use std::io::{self, BufRead, Write};
 
 use burn::module::Module;
-use emberlora_config::{LossOn, RunConfig};
+use emberlora_config::RunConfig;
 use emberlora_data::{ChatTemplate, Conversation, Message, RenderOptions, Tokenizer};
 use emberlora_model::generate::{Finish, Generator, SamplingOptions};
-use emberlora_model::{CausalLm, stop_tokens};
+use emberlora_model::{CausalLm, unapplied_settings};
 use emberlora_train::{AdapterChoice, Base, LoadedModel};
 
 use crate::args::{GenerateArgs, RecipeArgs};
-use crate::config;
 use crate::exit::WrongInput;
 use crate::terminal::Terminal;
+use crate::{config, stop};
 
 /// Runs `emberlora generate`.
 pub(crate) fn run(args: &GenerateArgs, terminal: &Terminal, out: &mut dyn Write) -> anyhow::Result<()> {
     let recipe = RecipeArgs { recipe: args.recipe.clone(), overrides: args.overrides.clone() };
     let config = config::load(&recipe)?;
     let base = Base::resolve(&config, terminal)?;
+    for setting in unapplied_settings(&base.dir)? {
+        tracing::warn!("{}: {setting} is not applied", base.dir.join("generation_config.json").display());
+    }
     // Refused before the weights are read.
     let template = args.input.chat.as_ref().map(|_| template(&config, &base.tokenizer)).transpose()?;
     let choice = args.adapter.as_deref().map_or(AdapterChoice::Start, AdapterChoice::Saved);
@@ -29,7 +32,7 @@ pub(crate) fn run(args: &GenerateArgs, terminal: &Terminal, out: &mut dyn Write)
         top_p: args.top_p,
         seed: args.seed.unwrap_or(config.seed),
         max_new_tokens: args.max_new_tokens,
-        eos: stop_tokens(&base.dir)?,
+        eos: stop::tokens(&base, template.as_ref())?,
     };
     let mut writer = Writer { model: loaded.model.valid(), tokenizer: &base.tokenizer, options, out };
     match (&args.input.prompt, &args.input.chat, template) {
@@ -101,8 +104,6 @@ struct Chat<'a, 'w> {
 
 impl<'a, 'w> Chat<'a, 'w> {
     fn new(template: ChatTemplate, writer: &'a mut Writer<'w>) -> Self {
-        writer.options.eos.extend(writer.tokenizer.eos_id());
-        writer.options.eos.extend(end_of_turn(&template, writer.tokenizer));
         Self { conversation: Conversation::new(Vec::new(), None), template, writer }
     }
 
@@ -134,14 +135,4 @@ fn converse(chat: &mut Chat<'_, '_>, terminal: &Terminal) -> anyhow::Result<()> 
             text => chat.turn(text)?,
         }
     }
-}
-
-/// The token that ends an assistant's turn, where the template ends it with one token. A model that was trained on this
-/// template writes it, whatever its configuration lists.
-fn end_of_turn(template: &ChatTemplate, tokenizer: &Tokenizer) -> Option<u32> {
-    const ANSWER: &str = "answer";
-    let turns = vec![Message::new("user", "question"), Message::new("assistant", ANSWER)];
-    let rendered = template.render_with_spans(&Conversation::new(turns, None), LossOn::Assistant).ok()?;
-    let turn = rendered.text.get(rendered.spans.last()?.clone())?;
-    tokenizer.token_to_id(turn.rsplit_once(ANSWER)?.1.trim())
 }

@@ -16,7 +16,7 @@ pub(crate) fn watch(terminal: &Terminal) -> anyhow::Result<Arc<AtomicBool>> {
         if seen.swap(true, Ordering::SeqCst) {
             std::process::exit(i32::from(INTERRUPTED));
         }
-        terminal.say("stopping after this step and writing the adapter; Ctrl-C again ends at once");
+        terminal.say("stopping; the step under way is finished and the adapter written. Ctrl-C again ends at once");
     })
     .context("cannot watch for interruptions")?;
     Ok(flag)

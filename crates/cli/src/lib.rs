@@ -15,6 +15,7 @@ mod inspect;
 mod interrupt;
 mod progress;
 mod sample;
+mod stop;
 mod terminal;
 mod train;
 

@@ -1,7 +1,7 @@
 //! Progress on standard error: a bar where a person is looking, a line per logged step elsewhere.
 
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use emberlora_model::hub::DownloadProgress;
 use emberlora_train::{Evaluation, Event, Listener, RunStarted, StepMetrics, StopReason, TrainError};
@@ -19,12 +19,15 @@ pub(crate) struct TrainProgress {
     /// What stays on the screen when the bar goes.
     last: String,
     total: usize,
-    start: Instant,
+    /// Time that steps took, evaluations left out.
+    stepping: f64,
+    /// The step that the adapter was last written after.
+    saved: Option<usize>,
 }
 
 impl TrainProgress {
     pub(crate) fn new(terminal: &Terminal) -> Self {
-        Self { terminal: terminal.clone(), bar: None, last: String::new(), total: 0, start: Instant::now() }
+        Self { terminal: terminal.clone(), bar: None, last: String::new(), total: 0, stepping: 0.0, saved: None }
     }
 
     fn started(&mut self, run: &RunStarted) {
@@ -34,11 +37,11 @@ impl TrainProgress {
             HumanCount(*trainable_parameters as u64)
         ));
         self.total = *total_steps;
-        self.start = Instant::now();
     }
 
     fn step(&mut self, step: &StepMetrics) {
         let line = summary(step);
+        self.stepping += step.step_seconds;
         if self.terminal.is_interactive() {
             // Not before the first step: an evaluation may come first, and its time says nothing of a step's.
             let new = || self.terminal.add(ProgressBar::new(self.total as u64).with_style(style(TRAINING)));
@@ -47,7 +50,7 @@ impl TrainProgress {
             bar.set_position(step.step as u64);
             self.last = format!("step {}/{} {line}", step.step, self.total);
         } else if step.log {
-            let per_step = self.start.elapsed().as_secs_f64() / step.step as f64;
+            let per_step = self.stepping / step.step as f64;
             let left = per_step * self.total.saturating_sub(step.step) as f64;
             let eta = FormattedDuration(Duration::try_from_secs_f64(left).unwrap_or(Duration::MAX));
             self.terminal.say(format!("step {}/{} {line}, eta {eta}", step.step, self.total));
@@ -75,6 +78,7 @@ impl Listener for TrainProgress {
                 self.terminal.say(format!("step {step} evaluation: {}", shown(evaluation)));
             }
             Event::Saved { step, dir } => {
+                self.saved = Some(*step);
                 tracing::info!("wrote the adapter after step {step} to {}", dir.display());
             }
             Event::Stopped { step, reason } => {
@@ -83,7 +87,12 @@ impl Listener for TrainProgress {
                     StopReason::Interrupted => "interrupted",
                     StopReason::NotFinite => "the loss or its gradient is not finite",
                 };
-                self.terminal.say(format!("stopped after step {step} of {}: {why}", self.total));
+                let holds = match self.saved {
+                    Some(0) => "; the adapter is written as it was before the first step".to_owned(),
+                    Some(saved) => format!("; the adapter is written as it was after step {saved}"),
+                    None => String::new(),
+                };
+                self.terminal.say(format!("stopped after step {step} of {}: {why}{holds}", self.total));
             }
             Event::Finished(_) => self.end(),
         }

@@ -1,12 +1,15 @@
 //! What the model writes before and after training, on a row of the data.
 
 use std::io::{self, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::module::Module;
-use emberlora_data::{Document, Tokenizer};
+use emberlora_data::{ChatTemplate, Document, Tokenizer};
+use emberlora_model::CausalLm;
 use emberlora_model::generate::{Generator, SamplingOptions};
-use emberlora_model::{CausalLm, stop_tokens};
 use emberlora_train::Base;
+
+use crate::stop;
 
 /// The most tokens that a sample has.
 const LONGEST: usize = 64;
@@ -31,23 +34,35 @@ impl<'a> Sample<'a> {
         Some(Self { prompt, expected: &rest[..end.min(LONGEST)] })
     }
 
-    /// Lets both models continue the prompt, taking the most likely token each time.
-    pub(crate) fn write(&self, base: &Base, before: &CausalLm, after: &CausalLm) -> anyhow::Result<Written> {
-        let mut eos = stop_tokens(&base.dir)?;
-        eos.extend(base.tokenizer.eos_id());
-        let options = SamplingOptions::greedy(LONGEST, eos);
-        let continued = |model: &CausalLm| -> anyhow::Result<String> {
+    /// Lets both models continue the prompt, taking the most likely token each time. `None` once `interrupt` is raised.
+    pub(crate) fn write(
+        &self,
+        base: &Base,
+        template: Option<&ChatTemplate>,
+        [before, after]: [&CausalLm; 2],
+        interrupt: &AtomicBool,
+    ) -> anyhow::Result<Option<Written>> {
+        let options = SamplingOptions::greedy(LONGEST, stop::tokens(base, template)?);
+        let continued = |model: &CausalLm| -> anyhow::Result<Option<String>> {
             let model = model.valid();
-            let ids: Vec<u32> = Generator::new(&model, self.prompt, options.clone())?.collect();
-            Ok(base.tokenizer.decode(&ids, true)?)
+            let mut ids = Vec::new();
+            for id in Generator::new(&model, self.prompt, options.clone())? {
+                if interrupt.load(Ordering::Relaxed) {
+                    return Ok(None);
+                }
+                ids.push(id);
+            }
+            Ok(Some(base.tokenizer.decode(&ids, true)?))
         };
         let text = |tokenizer: &Tokenizer, ids: &[u32], skip_special| tokenizer.decode(ids, skip_special);
-        Ok(Written {
+        let Some(before) = continued(before)? else { return Ok(None) };
+        let Some(after) = continued(after)? else { return Ok(None) };
+        Ok(Some(Written {
             prompt: text(&base.tokenizer, self.prompt, false)?,
             expected: text(&base.tokenizer, self.expected, true)?,
-            before: continued(before)?,
-            after: continued(after)?,
-        })
+            before,
+            after,
+        }))
     }
 }
 
@@ -76,7 +91,9 @@ impl Written {
 mod tests {
     use std::path::Path;
 
+    use emberlora_config::RunConfig;
     use emberlora_data::RowRef;
+    use emberlora_train::{AdapterChoice, LoadedModel};
 
     use super::*;
 
@@ -85,6 +102,20 @@ mod tests {
         let row = Document::new(ids, trained.to_vec(), RowRef::new(Path::new("a").into(), 1), None);
         let found = Sample::of(&row).map(|sample| (sample.prompt.to_vec(), sample.expected.to_vec()));
         assert_eq!(found, expected.map(|(prompt, rest)| (prompt.collect(), rest.collect())));
+    }
+
+    #[test]
+    fn an_interruption_ends_a_sample() {
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/quickstart/model");
+        let recipe = format!("model: {{source: {}}}\ndata: {{train: a.jsonl}}\noutput: out\n", model.display());
+        let config = RunConfig::parse(&recipe, "recipe.yaml", &[]).unwrap();
+        let base = Base::resolve(&config, &()).unwrap();
+        let model = LoadedModel::load(&config, &base, AdapterChoice::Start).unwrap().model;
+        let sample = Sample { prompt: &[1, 300], expected: &[301] };
+        let written = |raised| sample.write(&base, None, [&model, &model], &AtomicBool::new(raised)).unwrap();
+        assert!(written(true).is_none());
+        let Written { before, after, .. } = written(false).unwrap();
+        assert_eq!(before, after);
     }
 
     #[test]

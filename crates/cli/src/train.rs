@@ -1,10 +1,11 @@
 //! `emberlora train`: the run, and what is said at its end.
 
 use std::io::{self, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 use emberlora_config::RunConfig;
-use emberlora_train::{ADAPTER, Evaluation, Event, Listener, Run, StopReason, TrainError, Trained};
+use emberlora_train::{ADAPTER, Evaluation, Event, Listener, Run, TrainError, Trained};
 use indicatif::{BinaryBytes, HumanCount};
 
 use crate::args::TrainArgs;
@@ -27,10 +28,10 @@ pub(crate) fn run(args: &TrainArgs, terminal: &Terminal, out: &mut dyn Write) ->
 
     report_losses(&trained, losses, out)?;
     if trained.summary.stopped.is_none() {
-        report_sample(&run, &trained, terminal, out)?;
+        report_sample(&run, &trained, &interrupt, terminal, out)?;
     }
     report_paths(&run.config, out)?;
-    Ok(if trained.summary.stopped == Some(StopReason::Interrupted) { INTERRUPTED } else { 0 })
+    Ok(if interrupt.load(Ordering::Relaxed) { INTERRUPTED } else { 0 })
 }
 
 /// What is about to be trained, on what.
@@ -89,12 +90,20 @@ fn report_losses(trained: &Trained, steps: StepLosses, out: &mut dyn Write) -> i
     Ok(())
 }
 
-fn report_sample(run: &Run, trained: &Trained, terminal: &Terminal, out: &mut dyn Write) -> anyhow::Result<()> {
+fn report_sample(
+    run: &Run,
+    trained: &Trained,
+    interrupt: &AtomicBool,
+    terminal: &Terminal,
+    out: &mut dyn Write,
+) -> anyhow::Result<()> {
     let rows = run.eval.as_ref().unwrap_or(&run.train).documents();
     let Some(sample) = rows.first().and_then(Sample::of) else { return Ok(()) };
     terminal.say("writing a sample before and after");
-    let sample = sample.write(&run.base, &run.model.model, &trained.model).context("the sample")?;
-    Ok(sample.print(out)?)
+    let template = run.base.tokenizer.chat_template(&run.config.data.chat_template)?;
+    let models = [&run.model.model, &trained.model];
+    let written = sample.write(&run.base, template.as_ref(), models, interrupt).context("the sample")?;
+    written.map_or(Ok(()), |written| Ok(written.print(out)?))
 }
 
 fn report_paths(config: &RunConfig, out: &mut dyn Write) -> io::Result<()> {

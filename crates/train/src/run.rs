@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicBool;
 
-use emberlora_config::{AdapterKind, DataFormat, DataSource, RunConfig};
+use emberlora_config::{DataFormat, DataSource, RunConfig};
 use emberlora_data::{DataOptions, DataReport, Dataset, Format};
 use emberlora_model::hash_files;
 
-use crate::adapter::{AdapterChoice, AttachedAdapter};
+use crate::adapter::{AdapterChoice, AttachedAdapter, lora_options};
 use crate::files::ADAPTER;
 use crate::prepare::{Base, LoadedModel, PrepareError, Reporter};
 use crate::provenance::{AdapterProvenance, ModelProvenance, Versions};
@@ -34,8 +34,9 @@ pub struct Run {
 }
 
 impl Run {
-    /// Loads all that a recipe names. What is cheap to refuse is refused first: an output that is taken, a device that is
-    /// not there, a format it cannot compute in; then the data is read; the weights come last.
+    /// Loads all that a recipe names. What is cheap to refuse is refused first: adapter options that fit no model, an output
+    /// that is taken or cannot be written to, a device that is not there, a format it cannot compute in; then the data is
+    /// read; the weights come last.
     ///
     /// # Errors
     /// The first thing that is wrong.
@@ -56,9 +57,7 @@ impl Run {
             None => {}
             Some(packed) => match packed {},
         }
-        if adapter_section.kind == AdapterKind::None {
-            return Err(PrepareError::NoAdapter);
-        }
+        lora_options(adapter_section, *seed)?.check()?;
         RunFiles::check(output)?;
         let chosen = device::choose(device)?;
         chosen.compute_dtype(model_section.compute_dtype)?;

@@ -148,6 +148,42 @@ fn an_output_with_a_run_in_it_is_refused_before_anything_is_loaded() {
 }
 
 #[test]
+fn an_output_that_cannot_be_is_refused_before_anything_is_loaded() {
+    let site = Site::new();
+    let output = format!("output={}", site.path("train.jsonl").join("run").display());
+    fs::remove_dir_all(site.path("model")).unwrap();
+    let error = prepare_error(&site.config(&[&output]));
+    assert!(matches!(error, PrepareError::Train(TrainError::OutputUnusable { .. })), "{error}");
+    assert!(error.is_wrong_input());
+}
+
+#[test]
+fn patterns_that_are_no_regular_expressions_are_refused_before_anything_is_loaded() {
+    let site = Site::new();
+    fs::remove_dir_all(site.path("model")).unwrap();
+    for (key, value) in [("targets", "q_proj("), ("exclude", "'[a'"), ("rank_pattern", "{\"k_proj(\": 4}")] {
+        let error = prepare_error(&site.config(&[&format!("adapter.{key}={value}")]));
+        assert!(matches!(error, PrepareError::Lora(_)) && error.is_wrong_input(), "{key}: {error}");
+    }
+}
+
+#[test]
+fn a_revision_of_a_local_directory_is_refused() {
+    let site = Site::new();
+    let error = prepare_error(&site.config(&["model.revision=v2"]));
+    assert!(error.to_string().contains("model.revision") && error.is_wrong_input(), "{error}");
+}
+
+#[test]
+fn the_console_is_thinned_out_and_the_metrics_are_not() {
+    let site = Site::new();
+    let config = site.config(&["train.log_every=3", "data.eval=null"]);
+    train(&config);
+    let steps: Vec<u64> = metrics(&config.output).iter().map(|line| line["step"].as_u64().unwrap()).collect();
+    assert_eq!(steps, [1, 2, 3, 4]);
+}
+
+#[test]
 fn a_recipe_without_an_adapter_cannot_train() {
     let site = Site::new();
     let error = prepare_error(&site.config(&["adapter.kind=none"]));

@@ -7,7 +7,7 @@ use serde_json::{Value as Json, json};
 
 use crate::node::{Content, Node};
 use crate::spec::{
-    Reader, Spec, boolean, choice, list, mapping, number, optional, path, read_text, text, value, whole,
+    Reader, Spec, Whole, boolean, choice, list, mapping, number, optional, path, read_text, text, value, whole,
 };
 
 choice! {
@@ -48,13 +48,18 @@ pub enum Exclude {
     Regex(String),
 }
 
+/// Wider than any layer of any model: what is larger is a slip, and no model has to be read to say so.
+fn rank() -> Whole<usize> {
+    whole().at_least(1).at_most(1 << 16)
+}
+
 section! {
     /// The LoRA adapters, with PEFT's meaning for every key.
     pub struct AdapterSection {
         /// `lora` attaches adapters; `none` leaves the base model as it is, to evaluate or generate with it.
         kind: AdapterKind = value(AdapterKind::Lora) => choice();
         /// Rank: A is `[r, in]` and B is `[out, r]`.
-        r: usize = value(16) => whole().at_least(1);
+        r: usize = value(16) => rank();
         /// The adapter's output is scaled by `alpha / r`, or by `alpha / sqrt(r)` with `rslora`.
         alpha: f64 = value(32.0) => number().above(0.0);
         /// Probability with which an element of the adapter's input is zeroed while training.
@@ -70,7 +75,7 @@ section! {
         layers: Option<Vec<usize>> = value(None) => optional(list(whole()).non_empty());
         /// Ranks that differ from `r`: module path ending, or regular expression for one, to rank. The first entry that
         /// matches wins.
-        rank_pattern: IndexMap<String, usize> = value(IndexMap::new()) => mapping("name or regular expression", whole().at_least(1));
+        rank_pattern: IndexMap<String, usize> = value(IndexMap::new()) => mapping("name or regular expression", rank());
         /// Alphas that differ from `alpha`, matched like `rank_pattern`.
         alpha_pattern: IndexMap<String, f64> = value(IndexMap::new()) => mapping("name or regular expression", number().above(0.0));
         /// Scale by `alpha / sqrt(r)` (Kalajdzievski 2023, <https://arxiv.org/abs/2312.03732>).

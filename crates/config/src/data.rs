@@ -77,8 +77,13 @@ section! {
         /// The shape of its rows; `auto` takes `data.format`.
         format: DataFormat = value(DataFormat::Auto) => choice();
         /// How many times its rows count in an epoch.
-        weight: f64 = value(1.0) => number().above(0.0);
+        weight: f64 = value(1.0) => number().above(0.0).at_most(DataSource::MAX_WEIGHT);
     }
+}
+
+impl DataSource {
+    /// The largest [`weight`](DataSource::weight). The rows of an epoch are listed in memory as often as they count.
+    pub const MAX_WEIGHT: f64 = 1e4;
 }
 
 section! {

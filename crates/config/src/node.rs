@@ -70,6 +70,10 @@ impl Node {
         self.content == Content::Null
     }
 
+    pub(crate) fn is_empty_list(&self) -> bool {
+        matches!(&self.content, Content::List(items) if items.is_empty())
+    }
+
     /// Reads one YAML document. Every value is placed at its line, or at `place` when that is given.
     pub(crate) fn from_yaml(yaml: &str, place: Option<&Place>) -> Result<Self, serde_saphyr::Error> {
         let options = serde_saphyr::options! {

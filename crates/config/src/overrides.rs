@@ -18,19 +18,36 @@ pub(crate) fn apply(root: &mut Node, arguments: &[String], reader: &mut Reader<'
 fn apply_one(root: &mut Node, argument: &str) -> Result<(), Box<Problem>> {
     let place = Place::Argument(argument.to_owned());
     let form = "key.path=value";
-    let Some((path, value)) = argument.split_once('=') else {
+    let Some((path, text)) = argument.split_once('=') else {
         return Err(Problem::new("", &place, "has no `=`").allowed(form).into());
     };
     let keys: Vec<_> = path.split('.').collect();
     if keys.iter().any(|key| key.trim().is_empty()) {
         return Err(Problem::new(path, &place, "has an empty key").allowed(form).into());
     }
-    let value = Node::from_yaml(value, Some(&place)).map_err(|error| {
+    let value = Node::from_yaml(text, Some(&place)).map_err(|error| {
         let problem = Problem::new(path, &place, format!("the value is not YAML: {error}"));
-        Box::new(problem.found(value).allowed("a YAML value; put quotes around a string with special characters"))
+        Box::new(problem.found(text).allowed("a YAML value; put quotes around a string with special characters"))
     })?;
+    if has_comment(text, &value, &place) {
+        let problem = Problem::new(path, &place, "a part of the value is a YAML comment and would be lost").found(text);
+        return Err(problem.allowed("quotes around a string with ` #` in it, as in `'output=\"a #b\"'`").into());
+    }
     *reach(root, &keys, path, &place)? = value;
     Ok(())
+}
+
+/// Whether `text`, which is read as `value`, has a comment in it: then a letter more at the end of its line makes no
+/// difference.
+fn has_comment(text: &str, value: &Node, place: &Place) -> bool {
+    let mut end = 0;
+    text.split_inclusive('\n').any(|line| {
+        let content = line.trim_end_matches('\n');
+        let more = end + content.len();
+        end += line.len();
+        let longer = || Node::from_yaml(&format!("{}x{}", &text[..more], &text[more..]), Some(place));
+        content.contains('#') && longer().is_ok_and(|longer| longer == *value)
+    })
 }
 
 /// The node at `keys`, made if it is not there. A scalar on the way gives way to a mapping.

@@ -17,9 +17,12 @@ Schema, with which editors complete and check recipes.
 * Unknown keys, wrong types, values out of range and combinations that make no sense are errors. All mistakes of a recipe
   are reported in one go, each with its line, its key, the value found and what is allowed.
 * Paths are relative to the directory in which the command is run, not to the recipe.
+* Numbers are used in single precision: one that becomes infinite, 0 or another that is not allowed there is an error.
 * Arguments of the form `key.path=value` after the recipe override it: `train.learning_rate=1e-4`,
-  `adapter.targets='[q_proj, v_proj]'`, `data.train.0.weight=2`. The value is read as YAML and replaces what stood there,
-  also a whole section. The last one counts.
+  `adapter.targets='[q_proj, v_proj]'`, `data.train.0.weight=2` where `data.train` is a list. The value is read as YAML
+  and replaces what stood there, also a whole section. The last one counts. A string with ` #` in it needs YAML's quotes,
+  as in `'output=\"a #b\"'`; a name with dots in it is set with its mapping, as in
+  `'adapter.rank_pattern={layers.0.self_attn.q_proj: 4}'`.
 * `train.max_steps` overrides `train.epochs`, as in transformers.
 * The output directory of a run holds `config.yaml`, the recipe with every value filled in.
 

@@ -43,11 +43,11 @@ section! {
 fn check_evaluation(run: &mut RunConfig, node: &Node, reader: &mut Reader<'_>) {
     // A list with a mistake in it reads as no rows at all, so what was written decides.
     let eval = node.get("data").and_then(|data| data.get("eval"));
-    if run.train.eval_every.is_some() && eval.is_none_or(Node::is_null) {
+    if run.train.eval_every.is_some() && eval.is_none_or(|eval| eval.is_null() || eval.is_empty_list()) {
         reader.conflict(
             node,
             "train.eval_every",
-            "there is nothing to evaluate on: `data.eval` is null",
+            "there is nothing to evaluate on: `data.eval` is null or empty",
             "null, or rows in `data.eval`",
         );
     }

@@ -70,15 +70,15 @@ section! {
         /// Part of all steps during which the learning rate rises from zero to its peak; `null` is 0. Not together with
         /// `warmup_steps`, which takes the place of this default.
         warmup_ratio: Option<f64> = value(Some(0.03)) => optional(number().at_least(0.0).at_most(1.0));
-        /// The same as a number of steps.
+        /// The same as a number of steps; fewer than `train.max_steps`, where that is given.
         warmup_steps: Option<usize> = value(None) => optional(whole());
-        /// The learning rate at the end, as a part of the peak.
+        /// The learning rate at the end, as a part of the peak. Not with `constant`, which stays at the peak.
         min_ratio: f64 = value(0.0) => number().at_least(0.0).at_most(1.0);
     }
-    check check_warmup;
+    check check_schedule;
 }
 
-fn check_warmup(_: &mut ScheduleKeys, node: &Node, reader: &mut Reader<'_>) {
+fn check_schedule(schedule: &mut ScheduleKeys, node: &Node, reader: &mut Reader<'_>) {
     let given = |key| node.get(key).is_some_and(|value| !value.is_null());
     if given("warmup_steps") && given("warmup_ratio") {
         reader.conflict(
@@ -86,6 +86,14 @@ fn check_warmup(_: &mut ScheduleKeys, node: &Node, reader: &mut Reader<'_>) {
             "warmup_steps",
             "cannot be combined with `warmup_ratio`",
             "one of the two; null leaves the other out",
+        );
+    }
+    if schedule.kind == ScheduleKind::Constant && schedule.min_ratio != 0.0 {
+        reader.conflict(
+            node,
+            "min_ratio",
+            "has no effect with `kind: constant`, which stays at the peak",
+            "0, or `kind: linear` or `kind: cosine`",
         );
     }
 }
@@ -130,7 +138,7 @@ section! {
     /// The training loop.
     pub struct TrainSection {
         /// How many times to go through the data; may be a fraction. Ignored when `max_steps` is given.
-        epochs: f64 = value(1.0) => number().above(0.0);
+        epochs: f64 = value(1.0) => number().above(0.0).at_most(1e6);
         /// How many optimizer steps to make. Overrides `epochs`, as in transformers; the data is repeated as needed.
         max_steps: Option<usize> = value(None) => optional(whole().at_least(1));
         /// Rows per micro-batch; with packing, packed rows of `data.max_seq_len`.
@@ -152,5 +160,19 @@ section! {
         save_every: Option<usize> = value(None) => optional(whole().at_least(1));
         /// Log every this many steps.
         log_every: usize = value(1) => whole().at_least(1);
+    }
+    check check_steps;
+}
+
+fn check_steps(train: &mut TrainSection, node: &Node, reader: &mut Reader<'_>) {
+    if let (Warmup::Steps(warmup), Some(steps)) = (train.schedule.warmup, train.max_steps)
+        && warmup >= steps
+    {
+        reader.conflict(
+            node,
+            "schedule.warmup_steps",
+            "the run would end before the learning rate reaches its peak",
+            &format!("fewer than `train.max_steps`, which is {steps}"),
+        );
     }
 }

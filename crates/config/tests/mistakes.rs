@@ -122,7 +122,7 @@ fn values_of_the_wrong_type_are_refused() {
     refused("model.revision=4e15273", "model.revision", "in quotes");
     refused("model.dtype=16", "model.dtype", "auto, f32, bf16 or f16");
     refused("model=m", "model", "a mapping with the keys source");
-    refused("adapter.r=16.0", "adapter.r", "a whole number of at least 1");
+    refused("adapter.r=16.5", "adapter.r", "a whole number from 1 to 65536");
     refused("adapter.alpha='32'", "adapter.alpha", "a number above 0");
     refused("adapter.rslora=yes", "adapter.rslora", "true or false");
     refused("adapter.targets=3", "adapter.targets", "all-linear, a list");
@@ -130,7 +130,7 @@ fn values_of_the_wrong_type_are_refused() {
     refused("adapter.layers=3", "adapter.layers", "a list of one or more items");
     refused("adapter.layers=[0, x]", "adapter.layers[1]", "a whole number");
     refused("adapter.rank_pattern=[q_proj]", "adapter.rank_pattern", "a mapping from");
-    refused("adapter.rank_pattern.q_proj=x", "adapter.rank_pattern.q_proj", "a whole number of at least 1");
+    refused("adapter.rank_pattern.q_proj=x", "adapter.rank_pattern.q_proj", "a whole number from 1 to 65536");
     refused("adapter.init_from=3", "adapter.init_from", "a path, in quotes if it looks like a number, or null");
     refused("data.train={path: d}", "data.train", "a path, or a list");
     refused("data.train=null", "data.train", "a path, or a list");
@@ -145,8 +145,11 @@ fn values_of_the_wrong_type_are_refused() {
 
 #[test]
 fn values_out_of_range_are_refused() {
-    refused("adapter.r=0", "adapter.r", "a whole number of at least 1");
-    refused("adapter.r=-1", "adapter.r", "a whole number of at least 1");
+    refused("adapter.r=0", "adapter.r", "a whole number from 1 to 65536");
+    refused("adapter.r=-1", "adapter.r", "a whole number from 1 to 65536");
+    refused("adapter.r=65537", "adapter.r", "a whole number from 1 to 65536");
+    refused("adapter.r=4611686018427387904", "adapter.r", "a whole number from 1 to 65536");
+    refused("adapter.rank_pattern.q_proj=1e11", "adapter.rank_pattern.q_proj", "a whole number from 1 to 65536");
     refused("adapter.alpha=0", "adapter.alpha", "a number above 0");
     refused("adapter.dropout=1", "adapter.dropout", "a number of at least 0 and below 1");
     refused("adapter.dropout=-0.1", "adapter.dropout", "a number of at least 0 and below 1");
@@ -156,8 +159,10 @@ fn values_out_of_range_are_refused() {
     refused("adapter.alpha_pattern.q_proj=0", "adapter.alpha_pattern.q_proj", "a number above 0");
     refused("data.train=[]", "data.train", "a path, or a list");
     refused("data.train=[{path: d, weight: 0}]", "data.train[0].weight", "a number above 0");
+    refused("data.train=[{path: d, weight: 10001}]", "data.train[0].weight", "a number above 0 and of at most 10000");
     refused("data.max_seq_len=1", "data.max_seq_len", "a whole number of at least 2");
     refused("train.epochs=0", "train.epochs", "a number above 0");
+    refused("train.epochs=1000001", "train.epochs", "a number above 0 and of at most 1000000");
     refused("train.max_steps=0", "train.max_steps", "a whole number of at least 1 or null");
     refused("train.batch_size=0", "train.batch_size", "a whole number of at least 1");
     refused("train.grad_accumulation=0", "train.grad_accumulation", "a whole number of at least 1");
@@ -183,6 +188,26 @@ fn numbers_that_are_not_finite_are_refused() {
     for value in [".nan", ".inf", "-.inf", "1e999"] {
         refused(&format!("train.learning_rate={value}"), "train.learning_rate", "a number above 0");
         refused(&format!("adapter.dropout={value}"), "adapter.dropout", "a number of at least 0");
+    }
+}
+
+#[test]
+fn numbers_that_single_precision_cannot_hold_are_refused() {
+    for (argument, at, becomes) in [
+        ("train.optimizer.eps=1e-50", "train.optimizer.eps", "0"),
+        ("train.optimizer.betas=[0.9, 0.999999999999]", "train.optimizer.betas[1]", "1"),
+        ("train.optimizer.weight_decay=1e-50", "train.optimizer.weight_decay", "0"),
+        ("train.learning_rate=1e300", "train.learning_rate", "inf"),
+        ("train.max_grad_norm=1e39", "train.max_grad_norm", "inf"),
+        ("train.schedule.min_ratio=1e-46", "train.schedule.min_ratio", "0"),
+        ("adapter.alpha=1e300", "adapter.alpha", "inf"),
+        ("adapter.alpha_pattern.q_proj=1e-60", "adapter.alpha_pattern.q_proj", "0"),
+        ("adapter.dropout=0.99999999", "adapter.dropout", "1"),
+    ] {
+        let problem = only(MINIMAL, &[argument]);
+        assert_eq!(problem.key, at, "{problem}");
+        let message = format!("out of range in single precision, where it is {becomes}");
+        assert_eq!(problem.message, message, "{argument}");
     }
 }
 
@@ -228,6 +253,9 @@ fn combinations_that_make_no_sense_are_refused() {
         (&["adapter.layers=[0]", "adapter.targets='.*q_proj'"], "adapter.layers"),
         (&["adapter.kind=none", "adapter.init_from=a"], "adapter.init_from"),
         (&["train.eval_every=5"], "train.eval_every"),
+        (&["train.eval_every=5", "data.eval=[]"], "train.eval_every"),
+        (&["train.schedule.kind=constant", "train.schedule.min_ratio=0.1"], "train.schedule.min_ratio"),
+        (&["train.max_steps=5", "train.schedule.warmup_steps=5"], "train.schedule.warmup_steps"),
     ] {
         let problem = only(MINIMAL, overrides);
         assert_eq!(problem.key, key, "{problem}");
@@ -323,6 +351,11 @@ fn overrides_that_cannot_be_laid_over_are_refused() {
         let problem = only(MINIMAL, &[argument]);
         assert!(problem.message.starts_with(message), "{problem}");
         assert_eq!(problem.place, Place::Argument(argument.to_owned()));
+    }
+    for argument in ["output=a #b", "data.eval=#b", "adapter.rank_pattern={a: 1} # one", "data.train=\n- a # b\n- c"] {
+        let problem = only(MINIMAL, &[argument]);
+        assert!(problem.message.contains("a YAML comment"), "{problem}");
+        assert!(problem.allowed.as_deref().is_some_and(|allowed| allowed.contains("quotes")), "{problem}");
     }
     let list = "model: {source: m}\ndata: {train: [a, b]}\n";
     for argument in ["data.train.3=c", "data.train.x=c", "data.train.-1=c"] {

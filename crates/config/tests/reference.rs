@@ -61,6 +61,9 @@ fn the_schema_states_defaults_and_ranges() {
     let schema = RunConfig::schema();
     let adapter = &schema["properties"]["adapter"]["properties"];
     assert_eq!(adapter["r"]["minimum"], 1);
+    assert_eq!(adapter["r"]["maximum"], 65536);
+    assert_eq!(adapter["rank_pattern"]["additionalProperties"]["maximum"], 65536);
+    assert_eq!(schema["properties"]["train"]["properties"]["epochs"]["maximum"], 1e6);
     assert_eq!(adapter["r"]["default"], 16);
     assert_eq!(adapter["dropout"]["minimum"], 0.0);
     assert_eq!(adapter["dropout"]["exclusiveMaximum"], 1.0);

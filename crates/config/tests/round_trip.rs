@@ -56,13 +56,18 @@ fn file() -> impl Strategy<Value = PathBuf> {
     text().prop_map(PathBuf::from)
 }
 
-/// A finite number above zero, of every magnitude.
+/// A number above zero that single precision holds, of every magnitude.
 fn positive() -> impl Strategy<Value = f64> {
-    prop_oneof![Just(1.0), Just(1e-8), 1e-9..10.0, (1..0x7ff0_0000_0000_0000_u64).prop_map(f64::from_bits)]
+    let magnitudes = (1..0x7f80_0000_u32).prop_map(|bits| f64::from(f32::from_bits(bits)));
+    prop_oneof![Just(1.0), Just(1e-8), 1e-9..10.0, magnitudes]
+}
+
+fn at_most(most: f64) -> impl Strategy<Value = f64> {
+    positive().prop_map(move |value| value.min(most))
 }
 
 fn unit() -> impl Strategy<Value = f64> {
-    prop_oneof![Just(0.0), Just(0.999), 0.0..1.0]
+    prop_oneof![Just(0.0), Just(0.999), 0.0..0.999_999]
 }
 
 fn model() -> impl Strategy<Value = ModelSection> {
@@ -106,8 +111,10 @@ fn data() -> impl Strategy<Value = DataSection> {
         use DataFormat::*;
         select(vec![Chat, Prompt, Alpaca, Text, Tokens])
     };
-    let source =
-        || (file(), formats(), positive()).prop_map(|(path, format, weight)| DataSource::new(path, format, weight));
+    let source = || {
+        (file(), formats(), at_most(DataSource::MAX_WEIGHT))
+            .prop_map(|(path, format, weight)| DataSource::new(path, format, weight))
+    };
     let template = prop_oneof![
         Just(ChatTemplateChoice::Auto),
         Just(ChatTemplateChoice::Zephyr),
@@ -134,15 +141,19 @@ fn data() -> impl Strategy<Value = DataSection> {
 fn train() -> impl Strategy<Value = TrainSection> {
     let kind = select(vec![ScheduleKind::Constant, ScheduleKind::Linear, ScheduleKind::Cosine]);
     let warmup = prop_oneof![unit().prop_map(Warmup::Ratio), any::<usize>().prop_map(Warmup::Steps)];
-    let schedule = (kind, warmup, unit()).prop_map(|(kind, warmup, min_ratio)| Schedule::new(kind, warmup, min_ratio));
+    let schedule = (kind, warmup, unit()).prop_map(|(kind, warmup, min_ratio)| {
+        Schedule::new(kind, warmup, if kind == ScheduleKind::Constant { 0.0 } else { min_ratio })
+    });
     let optimizer = (unit(), unit(), positive(), unit())
         .prop_map(|(first, second, eps, decay)| Optimizer::new(OptimizerKind::AdamW, [first, second], eps, decay));
     let count = || 1..=usize::MAX;
-    let first = (positive(), option::of(count()), count(), count(), positive());
+    let first = (at_most(1e6), option::of(count()), count(), count(), positive());
     let second = (option::of(positive()), option::of(count()), option::of(count()), count());
     (first, schedule, optimizer, second).prop_map(
         |((epochs, max_steps, batch_size, grad_accumulation, learning_rate), schedule, optimizer, second)| {
             let (max_grad_norm, eval_every, save_every, log_every) = second;
+            let max_steps =
+                max_steps.filter(|steps| !matches!(schedule.warmup, Warmup::Steps(warmup) if warmup >= *steps));
             TrainSection {
                 epochs,
                 max_steps,

@@ -188,6 +188,13 @@ fn devices_are_named_with_an_optional_number() {
 }
 
 #[test]
+fn a_warmup_that_ends_within_the_run_goes_with_max_steps() {
+    let train = with(&["train.max_steps=5", "train.schedule.warmup_steps=4"]).train;
+    assert_eq!((train.max_steps, train.schedule.warmup), (Some(5), Warmup::Steps(4)));
+    assert_eq!(with(&["train.schedule={kind: constant, min_ratio: 0}"]).train.schedule.min_ratio, 0.0);
+}
+
+#[test]
 fn epochs_and_max_steps_may_both_be_given() {
     let train = with(&["train.epochs=3", "train.max_steps=10"]).train;
     assert_eq!((train.epochs, train.max_steps), (3.0, Some(10)));
@@ -199,6 +206,9 @@ fn numbers_are_read_in_every_usual_form() {
         assert_eq!(with(&[&format!("train.learning_rate={value}")]).train.learning_rate, expected, "{value}");
     }
     assert_eq!(with(&["seed=18446744073709551615"]).seed, u64::MAX);
+    for (value, expected) in [("16", 16), ("16.0", 16), ("1.6e1", 16), ("65536", 65536)] {
+        assert_eq!(with(&[&format!("adapter.r={value}")]).adapter.r, expected, "{value}");
+    }
 }
 
 #[test]
@@ -239,6 +249,22 @@ fn overrides_make_sections_and_replace_them() {
 #[test]
 fn an_override_may_hold_an_equals_sign() {
     assert_eq!(with(&["output=runs/lr=1"]).output, PathBuf::from("runs/lr=1"));
+}
+
+#[test]
+fn a_number_sign_that_begins_no_comment_is_part_of_the_value() {
+    for (value, expected) in
+        [("a#b", "a#b"), ("'a #b'", "a #b"), ("\"a #b\"", "a #b"), ("it's#1", "it's#1"), ("'#'", "#")]
+    {
+        assert_eq!(with(&[&format!("output={value}")]).output, PathBuf::from(expected), "{value}");
+    }
+    assert_eq!(with(&["adapter.targets=|-\n  a #b"]).adapter.targets, Targets::Regex("a #b".to_owned()));
+}
+
+#[test]
+fn a_name_with_dots_is_set_with_its_mapping() {
+    let ranks = with(&["adapter.rank_pattern={layers.0.self_attn.q_proj: 4}"]).adapter.rank_pattern;
+    assert_eq!(ranks.get("layers.0.self_attn.q_proj"), Some(&4));
 }
 
 #[test]

@@ -187,14 +187,15 @@ impl Bound {
     }
 }
 
-/// A finite number in an interval.
+/// A number in an interval. It is used in f32, so its value there must be finite and in the interval as well, and 0 only
+/// if it is 0 here.
 #[derive(Clone, Copy)]
 pub(crate) struct Number {
     low: Option<Bound>,
     high: Option<Bound>,
 }
 
-/// Any finite number.
+/// Any number.
 pub(crate) fn number() -> Number {
     Number { low: None, high: None }
 }
@@ -243,6 +244,12 @@ impl Spec for Number {
         if !self.contains(value) {
             return reader.refuse(node, "out of range", self.allowed());
         }
+        let narrow = value as f32;
+        let vanished = narrow == 0.0 && value != 0.0;
+        if vanished || !narrow.is_finite() || !self.contains(narrow.into()) {
+            let message = format!("out of range in single precision, where it is {narrow}");
+            return reader.refuse(node, message, self.allowed());
+        }
         Some(value)
     }
 
@@ -278,16 +285,21 @@ impl Spec for Number {
 #[derive(Clone, Copy)]
 pub(crate) struct Whole<T> {
     low: T,
+    high: Option<T>,
 }
 
 /// A whole number from 0.
 pub(crate) fn whole<T: Default>() -> Whole<T> {
-    Whole { low: T::default() }
+    Whole { low: T::default(), high: None }
 }
 
 impl<T> Whole<T> {
     pub(crate) fn at_least(self, low: T) -> Self {
-        Self { low }
+        Self { low, ..self }
+    }
+
+    pub(crate) fn at_most(self, high: T) -> Self {
+        Self { high: Some(high), ..self }
     }
 }
 
@@ -298,10 +310,16 @@ where
     type Out = T;
 
     fn read(&self, node: &Node, reader: &mut Reader<'_>) -> Option<T> {
-        let Content::Int(value) = node.content else {
-            return reader.wrong_type(node, self.allowed());
+        let value = match node.content {
+            Content::Int(value) => value,
+            // As in JSON Schema, 16.0 is a whole number. What `as` saturates is too large for every `T`.
+            Content::Float(value) if value.fract() == 0.0 => value as i128,
+            _ => return reader.wrong_type(node, self.allowed()),
         };
         match T::try_from(value) {
+            Ok(value) if self.high.is_some_and(|high| value > high) => {
+                reader.refuse(node, "is too large", self.allowed())
+            }
             Ok(value) if value >= self.low => Some(value),
             Err(_) if value > 0 => reader.refuse(node, "is too large", self.allowed()),
             _ => reader.refuse(node, "out of range", self.allowed()),
@@ -314,10 +332,17 @@ where
     }
 
     fn allowed(&self) -> String {
-        format!("a whole number of at least {}", self.low)
+        match self.high {
+            None => format!("a whole number of at least {}", self.low),
+            Some(high) => format!("a whole number from {} to {high}", self.low),
+        }
     }
 
     fn schema(&self) -> Json {
-        json!({"type": "integer", "minimum": self.low})
+        let mut schema = json!({"type": "integer", "minimum": self.low});
+        if let Some(high) = self.high {
+            schema["maximum"] = json!(high);
+        }
+        schema
     }
 }

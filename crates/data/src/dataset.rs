@@ -105,25 +105,28 @@ impl Dataset {
 
     /// Optimizer steps in an epoch: one for every `accumulation` batches, and one for what is left at the end.
     ///
-    /// Only fractional weights can make this differ between epochs.
+    /// Only fractional weights with packing can make this differ between epochs.
     pub fn steps_in_epoch(&self, seed: u64, epoch: u64, accumulation: usize) -> usize {
         self.batches(seed, epoch).total().div_ceil(accumulation.max(1))
     }
 
-    /// Optimizer steps in a run of `epochs` epochs. A part of an epoch is that part of its steps, rounded up.
+    /// Optimizer steps in a run of `epochs` epochs, at most `usize::MAX`. A part of an epoch is that part of its steps,
+    /// rounded up.
     pub fn total_steps(&self, seed: u64, epochs: f64, accumulation: usize) -> usize {
         let whole = epochs.floor().max(0.0) as u64;
-        let same_every_epoch = self.groups.iter().all(|group| group.weight.fract() == 0.0);
+        // A share of the rows has the same size in every epoch, but not the same lengths to pack.
+        let same_every_epoch = !self.layout.packing || self.groups.iter().all(|group| group.weight.fract() == 0.0);
         let in_whole_epochs = if same_every_epoch {
-            self.steps_in_epoch(seed, 0, accumulation) * whole as usize
+            self.steps_in_epoch(seed, 0, accumulation).saturating_mul(usize::try_from(whole).unwrap_or(usize::MAX))
         } else {
-            (0..whole).map(|epoch| self.steps_in_epoch(seed, epoch, accumulation)).sum()
+            let steps = (0..whole).map(|epoch| self.steps_in_epoch(seed, epoch, accumulation));
+            steps.fold(0, usize::saturating_add)
         };
         let part = epochs - whole as f64;
         if part <= 0.0 {
             return in_whole_epochs;
         }
-        in_whole_epochs + (part * self.steps_in_epoch(seed, whole, accumulation) as f64).ceil() as usize
+        in_whole_epochs.saturating_add((part * self.steps_in_epoch(seed, whole, accumulation) as f64).ceil() as usize)
     }
 }
 

@@ -4,6 +4,8 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
+use emberlora_config::DataSource;
+
 use crate::MessageError;
 use crate::row::{Format, FormatChoice};
 
@@ -23,8 +25,12 @@ pub enum DataError {
         /// The smallest value that makes sense.
         least: usize,
     },
-    /// A source's weight is not a positive number.
-    #[error("{}: weight {weight} is not a positive number; leave the file out to give it no weight", path.display())]
+    /// A source's weight is not a positive number, or too large a one.
+    #[error(
+        "{}: weight {weight} is not a number above 0 and of at most {}; leave the file out to give it no weight",
+        path.display(),
+        DataSource::MAX_WEIGHT
+    )]
     Weight {
         /// The source's file.
         path: PathBuf,

@@ -95,7 +95,7 @@ impl DataOptions {
             return Err(DataError::NoSources);
         }
         self.layout().check()?;
-        match self.sources.iter().find(|source| !(source.weight.is_finite() && source.weight > 0.0)) {
+        match self.sources.iter().find(|source| !(source.weight > 0.0 && source.weight <= DataSource::MAX_WEIGHT)) {
             Some(source) => Err(DataError::Weight { path: source.path.clone(), weight: source.weight }),
             None => Ok(()),
         }

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
-use flate2::bufread::MultiGzDecoder;
+use flate2::bufread::GzDecoder;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
@@ -65,7 +65,7 @@ type Raw = BufReader<Hashed<File>>;
 
 enum Content {
     Plain(Raw),
-    Gzip(Box<BufReader<MultiGzDecoder<Raw>>>),
+    Gzip(Box<BufReader<Members<Raw>>>),
     Zstd(Box<BufReader<zstd::Decoder<'static, Raw>>>),
 }
 
@@ -89,7 +89,7 @@ impl LineReader {
         let compression = Compression::detect(raw.fill_buf().map_err(failed)?);
         let content = match compression {
             Compression::Plain => Content::Plain(raw),
-            Compression::Gzip => Content::Gzip(Box::new(BufReader::with_capacity(BUFFER, MultiGzDecoder::new(raw)))),
+            Compression::Gzip => Content::Gzip(Box::new(BufReader::with_capacity(BUFFER, Members::new(raw)))),
             Compression::Zstd => {
                 let decoder = zstd::Decoder::with_buffer(raw).map_err(failed)?;
                 Content::Zstd(Box::new(BufReader::with_capacity(BUFFER, decoder)))
@@ -111,7 +111,7 @@ impl LineReader {
     pub(crate) fn consumed(&self) -> u64 {
         match &self.content {
             Content::Plain(raw) => raw.get_ref().bytes,
-            Content::Gzip(decoded) => decoded.get_ref().get_ref().get_ref().bytes,
+            Content::Gzip(decoded) => decoded.get_ref().raw().get_ref().bytes,
             Content::Zstd(decoded) => decoded.get_ref().get_ref().get_ref().bytes,
         }
     }
@@ -144,7 +144,7 @@ impl LineReader {
         let (path, kind, line) = (self.path, self.compression.name(), self.line);
         let mut raw = match self.content {
             Content::Plain(raw) => raw,
-            Content::Gzip(decoded) => decoded.into_inner().into_inner(),
+            Content::Gzip(decoded) => decoded.into_inner().into_raw(),
             Content::Zstd(decoded) => decoded.into_inner().finish(),
         };
         io::copy(&mut raw, &mut io::sink()).map_err(|error| DataError::Read { path, kind, line, error })?;
@@ -153,6 +153,62 @@ impl LineReader {
 
     fn failed(&self, error: io::Error) -> DataError {
         DataError::Read { path: self.path.clone(), kind: self.compression.name(), line: self.line, error }
+    }
+}
+
+/// The members of a gzip file one after another. Zeros behind a member are skipped, as GNU gzip does: tapes and block
+/// devices pad files with them.
+struct Members<R> {
+    /// Taken only to be replaced at once.
+    member: Option<GzDecoder<R>>,
+}
+
+impl<R: BufRead> Members<R> {
+    fn new(raw: R) -> Self {
+        Members { member: Some(GzDecoder::new(raw)) }
+    }
+
+    fn member(&mut self) -> &mut GzDecoder<R> {
+        self.member.as_mut().expect(ALWAYS_ONE)
+    }
+
+    fn raw(&self) -> &R {
+        self.member.as_ref().expect(ALWAYS_ONE).get_ref()
+    }
+
+    fn into_raw(self) -> R {
+        self.member.expect(ALWAYS_ONE).into_inner()
+    }
+
+    /// Goes on to the next member, if there is one.
+    fn advance(&mut self) -> io::Result<bool> {
+        loop {
+            let raw = self.member().get_mut();
+            let bytes = raw.fill_buf()?;
+            let zeros = bytes.iter().take_while(|&&byte| byte == 0).count();
+            match bytes.len() {
+                0 => return Ok(false),
+                all if zeros == all => raw.consume(zeros),
+                _ => {
+                    raw.consume(zeros);
+                    self.member = self.member.take().map(|ended| GzDecoder::new(ended.into_inner()));
+                    return Ok(true);
+                }
+            }
+        }
+    }
+}
+
+const ALWAYS_ONE: &str = "a member that is taken is replaced at once";
+
+impl<R: BufRead> Read for Members<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let read = self.member().read(buffer)?;
+            if read > 0 || buffer.is_empty() || !self.advance()? {
+                return Ok(read);
+            }
+        }
     }
 }
 
@@ -242,6 +298,16 @@ mod tests {
         assert_eq!(lines(&members).unwrap(), numbered(&[(1, "x"), (2, "y")]));
         let frames = [zstd::encode_all(&b"x\n"[..], 3).unwrap(), zstd::encode_all(&b"y\n"[..], 3).unwrap()].concat();
         assert_eq!(lines(&frames).unwrap(), numbered(&[(1, "x"), (2, "y")]));
+    }
+
+    #[test]
+    fn zeros_behind_a_gzip_member_are_skipped_and_hashed() {
+        let padding = vec![0; BUFFER + 5];
+        assert_eq!(lines(&[gzip(TEXT), padding.clone()].concat()).unwrap(), expected());
+        let between = [gzip(b"x"), padding, gzip(b"y\n"), vec![0]].concat();
+        assert_eq!(lines(&between).unwrap(), numbered(&[(1, "xy")]));
+        let error = lines(&[gzip(b"x\n"), b"\0garbage".to_vec()].concat()).unwrap_err().to_string();
+        assert!(error.contains("gzip"), "{error}");
     }
 
     #[test]

@@ -200,6 +200,14 @@ fn the_last_partial_accumulation_is_a_step() {
 }
 
 #[test]
+fn a_run_too_long_to_count_has_the_most_steps_there_are() {
+    let dataset = Dataset::from_documents(uniform(7, 3), layout(1, 8, false, true), PAD).unwrap();
+    assert_eq!(dataset.total_steps(0, 1e300, 1), usize::MAX);
+    assert_eq!(dataset.total_steps(0, f64::INFINITY, 1), usize::MAX);
+    assert_eq!(dataset.total_steps(0, f64::NAN, 1), 0);
+}
+
+#[test]
 fn packing_saves_padding() {
     let marks = (0..60).map(|index| vec![true; 2 + index * 7 % 30]).collect();
     let dataset = Dataset::from_documents(documents(marks), layout(4, 64, true, true), PAD).unwrap();

@@ -294,9 +294,13 @@ fn weights_repeat_and_sample_rows() {
     assert_eq!(dataset.report.counts.rows, 25);
     assert_eq!(dataset.total_steps(1, 3.0, 1), 30);
 
-    let zero = vec![Source::new(twice.path.clone(), None, 0.0)];
-    let error = Dataset::load(self::options(zero), &tokenizer(), &NoProgress).unwrap_err();
-    assert!(error.to_string().contains("weight 0 is not a positive number"), "{error}");
+    for (weight, shown) in
+        [(0.0, "weight 0 "), (-1.0, "weight -1 "), (f64::NAN, "weight NaN "), (1e5, "weight 100000 ")]
+    {
+        let source = vec![Source::new(twice.path.clone(), None, weight)];
+        let error = Dataset::load(self::options(source), &tokenizer(), &NoProgress).unwrap_err().to_string();
+        assert!(error.contains(shown) && error.contains("of at most 10000"), "{error}");
+    }
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::io::{self, BufRead, Write};
 use burn::module::Module;
 use emberlora_config::RunConfig;
 use emberlora_data::{ChatTemplate, Conversation, Message, RenderOptions, Tokenizer};
-use emberlora_model::generate::{Finish, Generator, SamplingOptions};
+use emberlora_model::generate::{Generator, SamplingOptions};
 use emberlora_model::{CausalLm, unapplied_settings};
 use emberlora_train::{AdapterChoice, Base, LoadedModel};
 
@@ -90,8 +90,10 @@ impl Writer<'_> {
         }
         writeln!(self.out)?;
         self.out.flush()?;
-        anyhow::ensure!(generator.finish() != Some(Finish::NotFinite), "the model's scores are not finite");
-        Ok(text)
+        match generator.error() {
+            Some(reason) => anyhow::bail!("{reason}"),
+            None => Ok(text),
+        }
     }
 }
 

@@ -46,12 +46,15 @@ impl<'a> Sample<'a> {
         let continued = |model: &CausalLm| -> anyhow::Result<Option<String>> {
             let model = model.valid();
             let mut ids = Vec::new();
-            for id in Generator::new(&model, self.prompt, options.clone())? {
+            let mut generator = Generator::new(&model, self.prompt, options.clone())?;
+            for id in generator.by_ref() {
                 if interrupt.load(Ordering::Relaxed) {
                     return Ok(None);
                 }
                 ids.push(id);
             }
+            // The run itself went well, so this is no error.
+            generator.error().into_iter().for_each(|reason| tracing::warn!("the sample ends early: {reason}"));
             Ok(Some(base.tokenizer.decode(&ids, true)?))
         };
         let text = |tokenizer: &Tokenizer, ids: &[u32], skip_special| tokenizer.decode(ids, skip_special);

@@ -158,7 +158,7 @@ section! {
         eval_every: Option<usize> = value(None) => optional(whole().at_least(1));
         /// Write the adapter every this many steps; `null` writes it at the end.
         save_every: Option<usize> = value(None) => optional(whole().at_least(1));
-        /// Log every this many steps.
+        /// Print a line every this many steps; `metrics.jsonl` has every step.
         log_every: usize = value(1) => whole().at_least(1);
     }
     check check_steps;

@@ -15,7 +15,7 @@ pub struct Pass {
 pub struct DropoutKey {
     /// Seed of the run.
     pub seed: u64,
-    /// Number of this micro-batch, counted over the whole run.
+    /// Which micro-batch of which optimizer step this is, as one number that no other micro-batch of the run has.
     pub step: u64,
 }
 

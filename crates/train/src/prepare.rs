@@ -21,6 +21,11 @@ pub enum PrepareError {
     /// The recipe has no adapter, so there is nothing to train.
     #[error("`adapter.kind: none` leaves nothing to train; set it to `lora`")]
     NoAdapter,
+    /// Gradients of f16 vanish without loss scaling, which is not done.
+    #[error(
+        "model.compute_dtype: f16 can evaluate and generate, but not train, since its gradients vanish; set it to bf16, f32 or auto"
+    )]
+    HalfTraining,
     /// `init_from` is another adapter than the recipe describes.
     #[error("{}: {difference}; make the recipe's `adapter` section agree with the adapter that `init_from` names", dir.display())]
     InitFromDiffers {

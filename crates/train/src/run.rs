@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 use emberlora_config::{DataFormat, DataSource, RunConfig};
 use emberlora_data::{DataOptions, DataReport, Dataset, Format};
 use emberlora_model::hash_files;
+use emberlora_quant::FloatDtype;
 
 use crate::adapter::{AdapterChoice, AttachedAdapter, lora_options};
 use crate::files::ADAPTER;
@@ -60,7 +61,9 @@ impl Run {
         lora_options(adapter_section, *seed)?.check()?;
         RunFiles::check(output)?;
         let chosen = device::choose(device)?;
-        chosen.compute_dtype(model_section.compute_dtype)?;
+        if chosen.compute_dtype(model_section.compute_dtype)? == FloatDtype::F16 {
+            return Err(PrepareError::HalfTraining);
+        }
         chosen.weight_dtype(model_section.dtype)?;
 
         let base = Base::resolve(config, reporter)?;

@@ -4,7 +4,7 @@ use burn::backend::Backend;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::IndexingUpdateOp;
 
-/// Σ weight · −log softmax(logits)[target], and its gradient to the logits where it is asked for.
+/// Σ weight · −log `softmax(logits)[target]`, and its gradient to the logits where it is asked for.
 pub fn weighted_nll<B: Backend>(
     logits: FloatTensor<B>,
     targets: IntTensor<B>,

@@ -55,7 +55,7 @@ pub trait CrossEntropyOps: LinearOps {
         (loss, grad.expect("asked for"))
     }
 
-    /// Σ weight · −log softmax(logits)[target], and where it is asked for the gradient to the logits,
+    /// Σ weight · −log `softmax(logits)[target]`, and where it is asked for the gradient to the logits,
     /// weight · (softmax − onehot). `logits` `[M, V]` in f32, `targets` and `weights` `[M, 1]`.
     fn weighted_nll(
         logits: FloatTensor<Self>,

@@ -83,22 +83,22 @@ impl<'a> Row<'a> {
                 trained[labelled - columns.start] = true;
             }
         }
-        let documents = documents(&batch.starts[columns.clone()]);
+        let documents = documents(&batch.ends[columns.clone()]);
         let documents = documents.into_iter().map(|columns| (columns, sources.next())).collect();
         Self { ids: &batch.ids[columns], trained, documents }
     }
 }
 
 /// The columns of each document of a row. A padding token may attend to itself alone, and no document is one token long.
-fn documents(starts: &[u32]) -> Vec<Range<usize>> {
+fn documents(ends: &[u32]) -> Vec<Range<usize>> {
     let mut found = Vec::new();
     let mut begin = 0;
-    while begin < starts.len() {
-        let length = starts[begin..].iter().take_while(|&&start| start as usize == begin).count().max(1);
-        if length > 1 {
-            found.push(begin..begin + length);
+    while begin < ends.len() {
+        let end = ends[begin] as usize;
+        if end - begin > 1 {
+            found.push(begin..end);
         }
-        begin += length;
+        begin = end;
     }
     found
 }
@@ -181,9 +181,9 @@ mod tests {
 
     #[test]
     fn padding_is_no_document() {
-        assert_eq!(documents(&[0, 0, 0, 3, 3, 5, 6, 7]), [0..3, 3..5]);
-        assert_eq!(documents(&[0, 0]), vec![0..2]);
-        assert!(documents(&[0, 1, 2]).is_empty());
+        assert_eq!(documents(&[3, 3, 3, 5, 5, 6, 7, 8]), [0..3, 3..5]);
+        assert_eq!(documents(&[2, 2]), vec![0..2]);
+        assert!(documents(&[1, 2, 3]).is_empty());
         assert!(documents(&[]).is_empty());
     }
 

@@ -70,22 +70,22 @@ proptest! {
     fn attention_and_positions_begin_anew_with_each_document(
         documents in any_documents(), layout in any_layout(), seed in any::<u64>(),
     ) {
-        let first: HashMap<u32, u32> =
-            documents.iter().flat_map(|d| d.ids.iter().map(|&id| (id, d.ids[0]))).collect();
-        let dataset = Dataset::from_documents(documents, layout, PAD).unwrap();
+        let of: HashMap<u32, &Document> =
+            documents.iter().flat_map(|document| document.ids.iter().map(move |&id| (id, document))).collect();
+        let dataset = Dataset::from_documents(documents.clone(), layout, PAD).unwrap();
         for batch in dataset.batches(seed, 0) {
             prop_assert_eq!(batch.ids.len(), batch.rows * batch.seq);
             prop_assert_eq!(batch.positions.len(), batch.ids.len());
-            prop_assert_eq!(batch.starts.len(), batch.ids.len());
+            prop_assert_eq!(batch.ends.len(), batch.ids.len());
             prop_assert!(batch.rows <= layout.batch_size && batch.seq <= layout.max_seq_len);
             for (flat, &id) in batch.ids.iter().enumerate() {
-                let (row, column) = (flat / batch.seq, flat % batch.seq);
-                let start = batch.starts[flat] as usize;
+                let (column, end) = (flat % batch.seq, batch.ends[flat] as usize);
                 if id == PAD {
-                    prop_assert_eq!(start, column);
+                    prop_assert_eq!(end, column + 1);
                 } else {
-                    prop_assert_eq!(batch.ids[row * batch.seq + start], first[&id]);
-                    prop_assert_eq!(batch.positions[flat] as usize, column - start);
+                    let position = batch.positions[flat] as usize;
+                    prop_assert_eq!(of[&id].ids[position], id);
+                    prop_assert_eq!(end, column - position + of[&id].ids.len());
                 }
             }
         }
@@ -101,7 +101,8 @@ proptest! {
         for batch in dataset.batches(seed, 0) {
             let widest = batch.ids.chunks(batch.seq).map(|row| row.iter().filter(|&&id| id != PAD).count()).max();
             prop_assert_eq!(widest, Some(batch.seq));
-            prop_assert_eq!(batch.ids.iter().filter(|&&id| id != PAD).count(), batch.tokens);
+            prop_assert_eq!(batch.ids.iter().filter(|&&id| id != PAD).count(), batch.computed);
+            prop_assert_eq!(batch.computed, batch.tokens);
             tokens += batch.tokens;
         }
         prop_assert_eq!(tokens, total);
@@ -164,9 +165,9 @@ fn a_packed_row_is_laid_out_as_expected() {
     assert_eq!((batch.rows, batch.seq, batch.tokens), (2, 6, 9));
     assert_eq!(batch.ids, [1, 2, 3, 0, 0, 0, 4, 5, 6, 7, 8, 9]);
     assert_eq!(batch.positions, [0, 1, 2, 0, 1, 2, 0, 1, 0, 1, 2, 3]);
-    assert_eq!(batch.starts, [0, 0, 0, 3, 4, 5, 0, 0, 2, 2, 2, 2]);
-    let targets: Vec<(u32, u32)> = batch.targets.iter().map(|t| (t.position, t.token)).collect();
-    assert_eq!(targets, [(0, 2), (1, 3), (6, 5), (9, 8), (10, 9)]);
+    assert_eq!(batch.ends, [3, 3, 3, 4, 5, 6, 2, 2, 6, 6, 6, 6]);
+    let targets: Vec<(u32, u32, u32)> = batch.targets.iter().map(|t| (t.position, t.token, t.weight)).collect();
+    assert_eq!(targets, [(0, 2, 1), (1, 3, 1), (6, 5, 1), (9, 8, 1), (10, 9, 1)]);
     assert_eq!(lines(&[batch]), [1, 2, 3]);
 }
 

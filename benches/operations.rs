@@ -90,11 +90,13 @@ fn lora(device: &Device) {
 fn attend(device: &Device, seq: usize) {
     let tensor = |heads| random([1, seq, heads, 64], 1.0, device).require_grad();
     let (q, k, v) = (tensor(9), tensor(3), tensor(3));
-    let starts = Tensor::<2, Int>::zeros([1, seq], device);
+    // One document: every column ends with it.
+    let spans: Vec<i64> = (0..seq as i64).flat_map(|position| [seq as i64, position]).collect();
+    let spans = Tensor::<1, Int>::from_ints(spans.as_slice(), device).reshape([1, seq, 2]);
     let options = AttentionOptions::new(0.125, None, AttentionKind::Fused);
     compare(
         &format!("`attention`, {seq} tokens, 9 heads over 3"),
-        &mut || backward(attention(q.clone(), k.clone(), v.clone(), starts.clone(), options)),
+        &mut || backward(attention(q.clone(), k.clone(), v.clone(), spans.clone(), options)),
         &mut || {
             let heads = |t: &Tensor<4>| t.clone().swap_dims(1, 2);
             let repeat = |t: &Tensor<4>| {

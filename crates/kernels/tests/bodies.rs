@@ -9,6 +9,7 @@ use emberlora_kernels::{
     AdapterPath, AttentionKind, AttentionOps, AttentionOptions, CrossEntropyOps, Dropout, Gate, GluOps, LinearOps,
     NormOps, RopeOps, reference,
 };
+use support::forest::Forest;
 use support::*;
 
 fn raw<const D: usize>(t: &Tensor<D>) -> FloatTensor<Flex> {
@@ -142,35 +143,51 @@ fn rotary_embedding() {
     }
 }
 
+/// A trunk of 90 tokens with branches of 70 and 45 at it and in it, and a document behind them.
+fn tree_of_several_blocks() -> Forest {
+    let mut steps = vec![0; 300];
+    steps[160] = 70;
+    steps[205] = 60;
+    steps[280] = 1000;
+    Forest::from_steps(&steps)
+}
+
 #[test]
-fn attention_over_many_blocks_of_packed_documents() {
+fn attention_over_many_blocks_and_tiles() {
     let device = device();
-    let (batch, seq, heads, kv_heads, dim) = (2, 150, 4, 2, 8);
-    let tensor = |heads| normal([batch, seq, heads, dim], 1.0, &device);
-    let (q, k, v, g) = (tensor(heads), tensor(kv_heads), tensor(kv_heads), tensor(heads));
-    let starts: Vec<i64> = (0..batch * seq).map(|i| (i % seq / 70 * 70) as i64).collect();
-    let starts = ints(&starts, [batch, seq], &device);
-    let starts = || -> IntTensor<Flex> { starts.clone().try_into_primitive::<Flex>().unwrap() };
-    for window in [None, Some(40)] {
-        let options = AttentionOptions::new(0.3, window, AttentionKind::Fused);
-        let (out, lse) = reference::attention::forward::<Flex>(raw(&q), raw(&k), raw(&v), starts(), options);
-        let found = Flex::packed_attention_with_lse(raw(&q), raw(&k), raw(&v), starts(), options);
-        close::<4>("O", out.clone(), found.0, 2e-6);
-        close::<4>("lse", lse.clone(), found.1, 2e-6);
-        let expected = reference::attention::backward::<Flex>(
-            raw(&g),
-            raw(&q),
-            raw(&k),
-            raw(&v),
-            out.clone(),
-            lse.clone(),
-            starts(),
-            options,
-        );
-        let found = Flex::packed_attention_backward(raw(&g), raw(&q), raw(&k), raw(&v), out, lse, starts(), options);
-        close::<4>("dQ", expected.0, found.0, 3e-6);
-        close::<4>("dK", expected.1, found.1, 3e-6);
-        close::<4>("dV", expected.2, found.2, 3e-6);
+    for (heads, kv_heads, forest) in [
+        (4, 2, Forest::documents(&[70, 70, 10])),
+        (6, 2, tree_of_several_blocks()),
+        (1, 1, Forest::chain(700)),
+        // More scores than the default body forms at a time.
+        (8, 8, Forest::chain(760)),
+    ] {
+        let (batch, seq, dim) = (2, forest.len(), 8);
+        let tensor = |heads| normal([batch, seq, heads, dim], 1.0, &device);
+        let (q, k, v, g) = (tensor(heads), tensor(kv_heads), tensor(kv_heads), tensor(heads));
+        let spans = ints(&forest.spans().repeat(batch), [batch, seq, 2], &device);
+        let spans = || -> IntTensor<Flex> { spans.clone().try_into_primitive::<Flex>().unwrap() };
+        for window in [None, Some(40)] {
+            let options = AttentionOptions::new(0.3, window, AttentionKind::Fused);
+            let (out, lse) = reference::attention::forward::<Flex>(raw(&q), raw(&k), raw(&v), spans(), options);
+            let found = Flex::packed_attention_with_lse(raw(&q), raw(&k), raw(&v), spans(), options);
+            close::<4>("O", out.clone(), found.0, 2e-6);
+            close::<4>("lse", lse.clone(), found.1, 2e-6);
+            let expected = reference::attention::backward::<Flex>(
+                raw(&g),
+                raw(&q),
+                raw(&k),
+                raw(&v),
+                out.clone(),
+                lse.clone(),
+                spans(),
+                options,
+            );
+            let found = Flex::packed_attention_backward(raw(&g), raw(&q), raw(&k), raw(&v), out, lse, spans(), options);
+            close::<4>("dQ", expected.0, found.0, 3e-6);
+            close::<4>("dK", expected.1, found.1, 3e-6);
+            close::<4>("dV", expected.2, found.2, 3e-6);
+        }
     }
 }
 

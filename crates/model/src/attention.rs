@@ -51,7 +51,7 @@ pub(crate) struct AttentionShape {
 }
 
 impl Attention {
-    /// `[B, S, E]` to `[B, S, E]`.
+    /// `[B, S, E]` to `[B, S, E]`, or to the rows that are [needed](Context::needed).
     pub(crate) fn forward(&self, x: Tensor<3>, context: &Context, cache: Option<&mut LayerCache>) -> Tensor<3> {
         let [batch, seq, _] = x.dims();
         let shape = &self.shape;
@@ -65,8 +65,9 @@ impl Attention {
         };
         let scale = (shape.head_dim as f32).powf(-0.5);
         let options = AttentionOptions { scale, window: shape.window, kind: context.attention };
-        let y = attention(q, k, v, context.starts.clone(), options);
-        self.o_proj.forward(y.reshape([batch, seq, shape.heads * shape.head_dim]), &context.pass)
+        let y = attention(q, k, v, context.spans.clone(), options);
+        let y = context.needed(y.reshape([batch, seq, shape.heads * shape.head_dim]));
+        self.o_proj.forward(y, &context.pass)
     }
 
     fn project(&self, x: Tensor<3>, context: &Context) -> (Tensor<3>, Tensor<3>, Tensor<3>) {

@@ -15,10 +15,22 @@ pub(crate) struct Context {
     /// `[B, S, R/2]`.
     pub cos: Tensor<3>,
     pub sin: Tensor<3>,
-    /// `[B, S]`.
-    pub starts: Tensor<2, Int>,
+    /// `[B, Sk, 2]`, see [`attention`](emberlora_kernels::attention).
+    pub spans: Tensor<3, Int>,
+    /// The rows that are needed behind the attention, as indices into all B · S; `None` needs them all.
+    pub rows: Option<Tensor<1, Int>>,
     pub attention: AttentionKind,
     pub pass: Pass,
+}
+
+impl Context {
+    /// The rows of `x` `[B, S, N]` that are needed: `[1, rows, N]`, or `x` as it is.
+    pub(crate) fn needed(&self, x: Tensor<3>) -> Tensor<3> {
+        let Some(rows) = &self.rows else { return x };
+        let [batch, seq, width] = x.dims();
+        let needed = x.reshape([batch * seq, width]).select(0, rows.clone());
+        needed.reshape([1, rows.dims()[0], width])
+    }
 }
 
 /// A decoder block.
@@ -35,18 +47,17 @@ pub(crate) struct Block {
 }
 
 impl Block {
-    /// `[B, S, E]` to `[B, S, E]`.
+    /// `[B, S, E]` to `[B, S, E]`, or to the rows that are [needed](Context::needed).
     pub(crate) fn forward(&self, x: Tensor<3>, context: &Context, cache: Option<&mut LayerCache>) -> Tensor<3> {
         let attention = |h| self.self_attn.forward(h, context, cache);
-        let x = self.residual(x, &self.attention_norm, attention);
-        self.residual(x, &self.mlp_norm, |h| self.mlp.forward(h, &context.pass))
+        let x = context.needed(x.clone()) + self.normed(x, &self.attention_norm, attention);
+        x.clone() + self.normed(x, &self.mlp_norm, |h| self.mlp.forward(h, &context.pass))
     }
 
-    fn residual(&self, x: Tensor<3>, norm: &Param<Tensor<1>>, f: impl FnOnce(Tensor<3>) -> Tensor<3>) -> Tensor<3> {
-        if self.post_norms {
-            x.clone() + rms_norm(f(x), norm.val(), self.eps)
-        } else {
-            x.clone() + f(rms_norm(x, norm.val(), self.eps))
+    fn normed(&self, x: Tensor<3>, norm: &Param<Tensor<1>>, f: impl FnOnce(Tensor<3>) -> Tensor<3>) -> Tensor<3> {
+        match self.post_norms {
+            true => rms_norm(f(x), norm.val(), self.eps),
+            false => f(rms_norm(x, norm.val(), self.eps)),
         }
     }
 

@@ -65,6 +65,12 @@ impl CausalLm {
         self.settings.checkpointing = checkpointing;
     }
 
+    /// Whether a token's place on its path depends on how long its document becomes, as with dynamic rotation. Documents
+    /// that begin alike then cannot share the tokens of their beginning.
+    pub fn positions_depend_on_length(&self) -> bool {
+        self.settings.rope.depends_on_length()
+    }
+
     /// Base parameters, those of a tied head counted once.
     pub fn num_base_parameters(&self) -> usize {
         let mut count = self.embed_tokens.val().shape().num_elements();
@@ -92,9 +98,9 @@ impl CausalLm {
         seq: usize,
         ids: &[u32],
         positions: &[u32],
-        starts: &[u32],
+        ends: &[u32],
     ) -> Result<Input, InputError> {
-        let input = Input::new(rows, seq, ids, positions, starts, &self.device())?;
+        let input = Input::new(rows, seq, ids, positions, ends, &self.device())?;
         input.check(self.settings.config.vocab_size)?;
         Ok(input)
     }
@@ -107,18 +113,28 @@ impl CausalLm {
     /// # Panics
     /// When an id is outside the vocabulary; [`input`](Self::input) refuses such an input.
     pub fn hidden(&self, input: &Input, pass: &Pass) -> Tensor<3> {
+        self.blocks(input, None, pass)
+    }
+
+    /// Hidden states behind the final norm, `[rows, seq, E]`; only those of `rows`, `[1, rows, E]`, where there are any.
+    fn blocks(&self, input: &Input, rows: Option<&[u32]>, pass: &Pass) -> Tensor<3> {
         let context = self.context(input, pass);
+        let last = Context { rows: rows.map(|rows| self.indices(rows)), ..context.clone() };
+        let layers = self.layers.len();
+        let group = self.settings.checkpointing.group(layers);
+        let size = group.unwrap_or(layers).max(1);
         let mut x = self.embed(input);
-        match self.settings.checkpointing.group(self.layers.len()) {
-            None => x = self.layers.iter().fold(x, |x, block| block.forward(x, &context, None)),
-            Some(group) => {
-                for blocks in self.layers.chunks(group) {
-                    let context = context.clone();
-                    x = checkpoint(&blocks.to_vec(), x, move |blocks: &Vec<Block>, x| {
-                        blocks.iter().fold(x, |x, block| block.forward(x, &context, None))
-                    });
-                }
-            }
+        for (index, blocks) in self.layers.chunks(size).enumerate() {
+            let (context, last) = (context.clone(), last.clone());
+            let run = move |blocks: &[Block], x| {
+                blocks.iter().zip(index * size + 1..).fold(x, |x, (block, number)| {
+                    block.forward(x, if number == layers { &last } else { &context }, None)
+                })
+            };
+            x = match group {
+                None => run(blocks, x),
+                Some(_) => checkpoint(&blocks.to_vec(), x, move |blocks: &Vec<Block>, x| run(blocks, x)),
+            };
         }
         self.normed(x)
     }
@@ -126,10 +142,9 @@ impl CausalLm {
     /// Hidden states of tokens that follow those in `cache`, which takes them in. For evaluation: no dropout, no
     /// checkpoints.
     ///
-    /// The starts of `input` are indices into the cached tokens followed by the new ones; see [`Input::continued`].
-    ///
     /// # Panics
-    /// When an id is outside the vocabulary, or the cache holds another number of rows.
+    /// When an id is outside the vocabulary, or the cache holds another number of rows or tokens than `input`
+    /// [continues](Input::continued).
     pub fn step(&self, input: &Input, cache: &mut KvCache, pass: &Pass) -> Tensor<3> {
         let context = self.context(input, &Pass { dropout: None, ..*pass });
         let layers = cache.layers(self.layers.len());
@@ -148,8 +163,39 @@ impl CausalLm {
 
     /// `Σ weight · −log p(token)` over the labelled positions, in f32, `[1]`.
     ///
-    /// `positions[i]` is the flat index `row * seq + column` of the hidden state that predicts `tokens[i]`. Only those
-    /// rows meet the head, and their logits exist in pieces only, unless the head carries an adapter.
+    /// `positions[i]` is the flat index `row * seq + column` of the hidden state that predicts `tokens[i]`; a position
+    /// may predict several tokens. Only labelled rows go through what follows the attention of the last block.
+    ///
+    /// # Errors
+    /// Lists of different lengths, a position outside the input, or a token outside the vocabulary.
+    ///
+    /// # Panics
+    /// When an id is outside the vocabulary; [`input`](Self::input) refuses such an input.
+    pub fn loss_of(
+        &self,
+        input: &Input,
+        positions: &[u32],
+        tokens: &[u32],
+        weights: &[f32],
+        pass: &Pass,
+    ) -> Result<Tensor<1>, InputError> {
+        let [rows, seq] = input.dims();
+        self.check_labels([rows, seq], positions, tokens, weights)?;
+        let mut labelled = positions.to_vec();
+        labelled.sort_unstable();
+        labelled.dedup();
+        if labelled.is_empty() || labelled.len() as f64 > SELECTED_UP_TO * (rows * seq) as f64 {
+            return self.loss(self.hidden(input, pass), positions, tokens, weights, pass);
+        }
+        let hidden = self.blocks(input, Some(&labelled), pass);
+        let place = |position: &u32| labelled.partition_point(|labelled| labelled < position) as u32;
+        let places: Vec<u32> = positions.iter().map(place).collect();
+        self.loss(hidden, &places, tokens, weights, pass)
+    }
+
+    /// As [`loss_of`](Self::loss_of), for [hidden](Self::hidden) states that are there already.
+    ///
+    /// Only labelled rows meet the head, and their logits exist in pieces only, unless the head carries an adapter.
     ///
     /// # Errors
     /// Lists of different lengths, a position outside `hidden`, or a token outside the vocabulary.
@@ -162,6 +208,34 @@ impl CausalLm {
         pass: &Pass,
     ) -> Result<Tensor<1>, InputError> {
         let [rows, seq, width] = hidden.dims();
+        self.check_labels([rows, seq], positions, tokens, weights)?;
+        let labels = positions.len();
+        if labels == 0 {
+            // A sum over nothing that can still be differentiated.
+            return Ok(hidden.slice([0..1, 0..1, 0..1]).reshape([1]).cast(DType::F32).mul_scalar(0.0));
+        }
+
+        let hidden = hidden.reshape([rows * seq, width]);
+        let in_order = positions.iter().copied().eq(0..(rows * seq) as u32);
+        let hidden = if in_order { hidden } else { hidden.select(0, self.indices(positions)) };
+        let weights = TensorData::new(weights.to_vec(), [labels]);
+        let weights = Tensor::<1>::from_data(weights, (&self.device(), DType::F32));
+        let targets = self.indices(tokens);
+        if self.lm_head.adapter.is_none() || !pass.adapters {
+            return Ok(linear_cross_entropy(hidden, self.lm_head.weight.val(), targets, weights));
+        }
+        let logits = self.lm_head.forward(hidden, pass).cast(DType::F32);
+        let log_probabilities = activation::log_softmax(logits, 1).gather(1, targets.unsqueeze_dim(1));
+        Ok((log_probabilities.reshape([labels]) * weights).sum().neg())
+    }
+
+    fn check_labels(
+        &self,
+        [rows, seq]: [usize; 2],
+        positions: &[u32],
+        tokens: &[u32],
+        weights: &[f32],
+    ) -> Result<(), InputError> {
         let labels = positions.len();
         for (list, found) in [("tokens", tokens.len()), ("weights", weights.len())] {
             if found != labels {
@@ -172,25 +246,14 @@ impl CausalLm {
             return Err(InputError::Position { position, rows, seq });
         }
         let vocab_size = self.settings.config.vocab_size;
-        if let Some(&id) = tokens.iter().find(|&&id| id as usize >= vocab_size) {
-            return Err(InputError::Vocabulary { id, vocab_size });
+        match tokens.iter().find(|&&id| id as usize >= vocab_size) {
+            Some(&id) => Err(InputError::Vocabulary { id, vocab_size }),
+            None => Ok(()),
         }
-        if labels == 0 {
-            // A sum over nothing that can still be differentiated.
-            return Ok(hidden.slice([0..1, 0..1, 0..1]).reshape([1]).cast(DType::F32).mul_scalar(0.0));
-        }
+    }
 
-        let device = self.device();
-        let index = |values: &[u32]| Tensor::<1, Int>::from_data(TensorData::new(signed(values), [labels]), &device);
-        let weights = Tensor::<1>::from_data(TensorData::new(weights.to_vec(), [labels]), (&device, DType::F32));
-        let hidden = hidden.reshape([rows * seq, width]).select(0, index(positions));
-        let targets = index(tokens);
-        if self.lm_head.adapter.is_none() || !pass.adapters {
-            return Ok(linear_cross_entropy(hidden, self.lm_head.weight.val(), targets, weights));
-        }
-        let logits = self.lm_head.forward(hidden, pass).cast(DType::F32);
-        let log_probabilities = activation::log_softmax(logits, 1).gather(1, targets.unsqueeze_dim(1));
-        Ok((log_probabilities.reshape([labels]) * weights).sum().neg())
+    fn indices(&self, values: &[u32]) -> Tensor<1, Int> {
+        Tensor::from_data(TensorData::new(signed(values), [values.len()]), &self.device())
     }
 
     fn embed(&self, input: &Input) -> Tensor<3> {
@@ -214,12 +277,16 @@ impl CausalLm {
         Context {
             cos: table(cos),
             sin: table(sin),
-            starts: input.starts.clone(),
+            spans: input.spans.clone(),
+            rows: None,
             attention: self.settings.attention,
             pass: *pass,
         }
     }
 }
+
+/// The share of labelled rows up to which selecting them costs less than it saves.
+const SELECTED_UP_TO: f64 = 0.9;
 
 const HEAD: &str = "lm_head";
 

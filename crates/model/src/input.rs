@@ -1,12 +1,13 @@
-//! What a forward pass reads: token ids, positions, and where each token's document begins.
+//! What a forward pass reads: token ids, positions, and which tokens see which.
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
-/// A rectangle of tokens, possibly with several documents packed into a row.
+/// A rectangle of tokens, possibly with several documents packed into a row, which may share what they begin with.
 #[derive(Clone, Debug)]
 pub struct Input {
     pub(crate) ids: Tensor<2, Int>,
-    pub(crate) starts: Tensor<2, Int>,
+    /// `[rows, cached + seq, 2]`: the end and the position of every token that is there.
+    pub(crate) spans: Tensor<3, Int>,
     pub(crate) host: HostInput,
 }
 
@@ -15,8 +16,10 @@ pub struct Input {
 pub(crate) struct HostInput {
     pub rows: usize,
     pub seq: usize,
+    /// Tokens of each row that a cache holds.
+    pub cached: usize,
     pub positions: Vec<u32>,
-    pub starts: Vec<u32>,
+    pub ends: Vec<u32>,
     pub largest_id: u32,
 }
 
@@ -39,15 +42,46 @@ pub enum InputError {
     /// There is no token.
     #[error("the input has no tokens")]
     Empty,
-    /// A token's document begins behind the token.
-    #[error("row {row}: token {column} is said to belong to a document that starts at {start}")]
-    Start {
+    /// A token that does not see itself, or that is seen by tokens behind the row.
+    #[error("row {row}: the end of token {column} is {end}; an end lies behind its own column, at most at {seq}")]
+    End {
         /// The row.
         row: usize,
         /// The token's index in its row.
         column: usize,
-        /// The start that was given.
-        start: u32,
+        /// The end that was given.
+        end: u32,
+        /// Tokens of a row.
+        seq: usize,
+    },
+    /// A token is seen by tokens that do not see the token which it continues.
+    #[error(
+        "row {row}: token {column} ends at {end}, but token {parent}, which it continues, at {parent_end}; the tokens \
+         of a row form trees in preorder, so that their intervals are nested"
+    )]
+    Nesting {
+        /// The row.
+        row: usize,
+        /// The token's index in its row.
+        column: usize,
+        /// Its end.
+        end: u32,
+        /// The token that it continues.
+        parent: usize,
+        /// The end of that.
+        parent_end: u32,
+    },
+    /// A token's position is not the next one on its path.
+    #[error("row {row}: token {column} has position {position} and continues a path at position {expected}")]
+    Path {
+        /// The row.
+        row: usize,
+        /// The token's index in its row.
+        column: usize,
+        /// The position that was given.
+        position: u32,
+        /// One more than that of the token which it continues, or 0 where it continues none.
+        expected: u32,
     },
     /// Labels whose lists differ in length.
     #[error("`{list}` has {found} values for {labels} labelled positions")]
@@ -82,20 +116,25 @@ pub enum InputError {
 impl Input {
     /// Makes an input from row-major lists of `rows * seq` values.
     ///
-    /// `positions` restart in each document. `starts[i]` is the index within the row of the first token that token
-    /// `i` may attend to: the first token of its document, or the token itself where it is padding.
+    /// A row is a forest in depth-first preorder: a token is directly followed by the tokens that continue it, on any
+    /// path, and `ends[i]` is the column after the last of them. Token `i` sees token `j` of its row if and only if
+    /// `j <= i < ends[j]`. Documents beside one another are such a forest: every token of a document ends where the
+    /// document does.
+    ///
+    /// `positions` count along a path from 0 at its first token. A token that continues none and is continued by none
+    /// may have any position, for it sees itself alone: padding consists of such tokens.
     ///
     /// # Errors
-    /// A list of another length, no token at all, or a start behind its token.
+    /// A list of another length, no token at all, or ends and positions that are not those of a forest.
     pub fn new(
         rows: usize,
         seq: usize,
         ids: &[u32],
         positions: &[u32],
-        starts: &[u32],
+        ends: &[u32],
         device: &Device,
     ) -> Result<Self, InputError> {
-        for (list, found) in [("ids", ids.len()), ("positions", positions.len()), ("starts", starts.len())] {
+        for (list, found) in [("ids", ids.len()), ("positions", positions.len()), ("ends", ends.len())] {
             if Some(found) != rows.checked_mul(seq) {
                 return Err(InputError::Length { list, rows, seq, found });
             }
@@ -103,10 +142,19 @@ impl Input {
         if ids.is_empty() {
             return Err(InputError::Empty);
         }
-        if let Some(token) = (0..starts.len()).find(|&token| starts[token] as usize > token % seq) {
-            return Err(InputError::Start { row: token / seq, column: token % seq, start: starts[token] });
+        for (row, (ends, positions)) in ends.chunks(seq).zip(positions.chunks(seq)).enumerate() {
+            check_forest(row, ends, positions)?;
         }
-        Ok(Self::build(rows, seq, ids, positions.to_vec(), starts.to_vec(), device))
+        let spans = ends.iter().zip(positions).flat_map(|(&end, &position)| [end, position]).collect();
+        let host = HostInput {
+            rows,
+            seq,
+            cached: 0,
+            positions: positions.to_vec(),
+            ends: ends.to_vec(),
+            largest_id: largest(ids),
+        };
+        Ok(Self::build(ids, spans, host, device))
     }
 
     /// Rows of one document each.
@@ -129,18 +177,27 @@ impl Input {
         if found == 0 {
             return Err(InputError::Empty);
         }
-        let positions = (0..rows).flat_map(|_| (cached..cached + seq).map(|position| position as u32)).collect();
-        Ok(Self::build(rows, seq, ids, positions, vec![0; found], device))
+        let end = (cached + seq) as u32;
+        let spans = (0..rows).flat_map(|_| (0..end).flat_map(|position| [end, position])).collect();
+        let host = HostInput {
+            rows,
+            seq,
+            cached,
+            positions: (0..rows).flat_map(|_| cached as u32..end).collect(),
+            ends: vec![end; found],
+            largest_id: largest(ids),
+        };
+        Ok(Self::build(ids, spans, host, device))
     }
 
-    fn build(rows: usize, seq: usize, ids: &[u32], positions: Vec<u32>, starts: Vec<u32>, device: &Device) -> Self {
+    fn build(ids: &[u32], spans: Vec<u32>, host: HostInput, device: &Device) -> Self {
         // Constants take no part in autodiff, so they live on the plain device, where they mix with tracked tensors.
         let device = device.clone().without_autodiff();
-        let largest_id = ids.iter().copied().max().unwrap_or(0);
+        let HostInput { rows, seq, cached, .. } = host;
         Self {
             ids: Tensor::from_data(TensorData::new(signed(ids), [rows, seq]), &device),
-            starts: Tensor::from_data(TensorData::new(signed(&starts), [rows, seq]), &device),
-            host: HostInput { rows, seq, positions, starts, largest_id },
+            spans: Tensor::from_data(TensorData::new(signed(&spans), [rows, cached + seq, 2]), &device),
+            host,
         }
     }
 
@@ -161,10 +218,48 @@ impl Input {
     }
 }
 
+/// Whether the ends of a row are those of trees in preorder, and its positions count along their paths.
+fn check_forest(row: usize, ends: &[u32], positions: &[u32]) -> Result<(), InputError> {
+    let seq = ends.len();
+    // The path to the token before: each is continued by the next.
+    let mut path: Vec<usize> = Vec::new();
+    for (column, (&end, &position)) in ends.iter().zip(positions).enumerate() {
+        if end as usize <= column || end as usize > seq {
+            return Err(InputError::End { row, column, end, seq });
+        }
+        while path.pop_if(|token| ends[*token] as usize <= column).is_some() {}
+        let parent = path.last().copied();
+        if let Some(parent) = parent
+            && end > ends[parent]
+        {
+            return Err(InputError::Nesting { row, column, end, parent, parent_end: ends[parent] });
+        }
+        let alone = parent.is_none() && end as usize == column + 1;
+        let expected = parent.map_or(0, |parent| positions[parent].saturating_add(1));
+        if position != expected && !alone {
+            return Err(InputError::Path { row, column, position, expected });
+        }
+        path.push(column);
+    }
+    Ok(())
+}
+
+fn largest(ids: &[u32]) -> u32 {
+    ids.iter().copied().max().unwrap_or(0)
+}
+
 impl HostInput {
-    /// For each token its row and its document's start, which together name the document.
+    /// For each token its row and the first token of its tree, which together name the document. Documents that share
+    /// tokens have one name.
     pub(crate) fn documents(&self) -> impl Iterator<Item = (usize, u32)> {
-        self.starts.iter().enumerate().map(|(token, &start)| (token / self.seq, start))
+        let (mut root, mut end) = (0, 0);
+        self.ends.iter().enumerate().map(move |(token, &token_end)| {
+            let (row, column) = (token / self.seq, (self.cached + token % self.seq) as u32);
+            if column >= end || token % self.seq == 0 {
+                (root, end) = (column, token_end);
+            }
+            (row, root)
+        })
     }
 }
 

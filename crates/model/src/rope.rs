@@ -86,6 +86,11 @@ impl Rope {
         self.config.dims / 2
     }
 
+    /// Whether a token's angles depend on the length of its document, so that two documents cannot share a token.
+    pub fn depends_on_length(&self) -> bool {
+        matches!(self.config.scaling, RopeScaling::Dynamic { .. })
+    }
+
     /// Inverse frequencies for a sequence of `length` tokens, `[dims / 2]`.
     pub fn inverse_frequencies(&self, length: usize) -> Cow<'_, [f32]> {
         match self.config.scaling {
@@ -125,7 +130,9 @@ impl Rope {
 
     /// For each token the length that decides about its frequencies: 0 where lengths change nothing.
     fn lengths(&self, positions: &[u32], documents: impl Iterator<Item = (usize, u32)>) -> Vec<usize> {
-        let RopeScaling::Dynamic { .. } = self.config.scaling else { return vec![0; positions.len()] };
+        if !self.depends_on_length() {
+            return vec![0; positions.len()];
+        }
         let documents: Vec<_> = documents.collect();
         let mut longest: HashMap<(usize, u32), usize> = HashMap::new();
         for (document, &position) in documents.iter().zip(positions) {

@@ -34,11 +34,11 @@ fn packed_documents_compute_what_they_compute_alone() {
         let model = load(name);
         let ids = &golden(name).0[..SEQ];
         let positions: Vec<u32> = DOCUMENTS.iter().flat_map(|&len| 0..len as u32).collect();
-        let mut starts = Vec::new();
+        let mut ends = Vec::new();
         for len in DOCUMENTS {
-            starts.extend(std::iter::repeat_n(starts.len() as u32, len));
+            ends.extend(std::iter::repeat_n((ends.len() + len) as u32, len));
         }
-        let packed = logits(&model, &model.input(1, SEQ, ids, &positions, &starts).unwrap());
+        let packed = logits(&model, &model.input(1, SEQ, ids, &positions, &ends).unwrap());
         let mut alone = Vec::new();
         for (start, len) in [(0, 5), (5, 12), (17, 7)] {
             let input = Input::unpacked(1, len, &ids[start..start + len], &model.device()).unwrap();
@@ -46,6 +46,33 @@ fn packed_documents_compute_what_they_compute_alone() {
         }
         assert_close(&packed, &alone, 1e-5, name);
     }
+}
+
+#[test]
+fn branches_of_a_tree_compute_what_they_compute_alone() {
+    // Five shared tokens, then four, then seven, of which three are shared by two branches more.
+    let branches: [&[std::ops::Range<usize>]; 4] =
+        [&[0..5, 5..9], &[0..5, 9..16], &[0..5, 9..12, 16..20], &[0..5, 9..12, 20..24]];
+    let mut ends = vec![24; 5];
+    ends.extend([vec![9; 4], vec![24; 3], vec![16; 4], vec![20; 4], vec![24; 4]].concat());
+    let positions: Vec<u32> = (0..9).chain(5..12).chain(8..12).chain(8..12).collect();
+    for name in FIXTURES {
+        let model = load(name);
+        if model.positions_depend_on_length() {
+            continue;
+        }
+        let ids = &golden(name).0[..SEQ];
+        let shared = logits(&model, &model.input(1, SEQ, ids, &positions, &ends).unwrap());
+        for branch in branches {
+            let columns: Vec<usize> = branch.iter().cloned().flatten().collect();
+            let tokens: Vec<u32> = columns.iter().map(|&column| ids[column]).collect();
+            let alone = logits(&model, &Input::unpacked(1, tokens.len(), &tokens, &model.device()).unwrap());
+            let shared: Vec<f32> =
+                columns.iter().flat_map(|&column| &shared[column * VOCAB..][..VOCAB]).copied().collect();
+            assert_close(&shared, &alone, 1e-5, name);
+        }
+    }
+    assert!(load("llama_dynamic").positions_depend_on_length());
 }
 
 #[test]

@@ -4,7 +4,7 @@ mod common;
 
 use std::num::NonZeroUsize;
 
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
 use common::*;
 use emberlora_lora::{LoraOptions, Pass, Projections, Targets, attach, peft};
 use emberlora_model::{CausalLm, Checkpointing, Input, InputError};
@@ -45,6 +45,12 @@ fn loss_and_gradients(model: &CausalLm, pass: &Pass) -> (f32, Vec<f32>) {
     let Labels { positions, tokens, weights } = labels(&ids);
     let hidden = model.hidden(&input(model, &ids), pass);
     let loss = model.loss(hidden, &positions, &tokens, &weights, pass).unwrap();
+    let all = gradients(model, &loss);
+    (loss.into_scalar(), all)
+}
+
+/// The gradients of all A and B in the order of the projections.
+fn gradients(model: &CausalLm, loss: &Tensor<1>) -> Vec<f32> {
     let gradients = loss.backward();
     let mut all = Vec::new();
     model.projections(&mut |name, linear| {
@@ -55,7 +61,7 @@ fn loss_and_gradients(model: &CausalLm, pass: &Pass) -> (f32, Vec<f32>) {
             }
         }
     });
-    (loss.into_scalar(), all)
+    all
 }
 
 #[test]
@@ -145,14 +151,54 @@ fn labels_that_do_not_fit_are_errors() {
 #[test]
 fn inputs_that_are_no_rectangle_are_errors() {
     let model = load("llama");
-    let fail = |rows, seq, ids: &[u32], starts: &[u32]| {
+    let fail = |rows, seq, ids: &[u32], ends: &[u32]| {
         let positions: Vec<u32> = (0..ids.len() as u32).collect();
-        model.input(rows, seq, ids, &positions, starts).unwrap_err()
+        model.input(rows, seq, ids, &positions, ends).unwrap_err()
     };
-    assert!(matches!(fail(2, 2, &[1, 2, 3], &[0, 0, 0]), InputError::Length { list: "ids", found: 3, .. }));
-    assert!(matches!(fail(1, 2, &[1, 2], &[0]), InputError::Length { list: "starts", .. }));
+    assert!(matches!(fail(2, 2, &[1, 2, 3], &[2, 2, 2]), InputError::Length { list: "ids", found: 3, .. }));
+    assert!(matches!(fail(1, 2, &[1, 2], &[2]), InputError::Length { list: "ends", .. }));
     assert!(matches!(fail(0, 5, &[], &[]), InputError::Empty));
-    assert!(matches!(fail(1, 2, &[1, 2], &[0, 2]), InputError::Start { row: 0, column: 1, start: 2 }));
-    assert!(matches!(fail(1, 2, &[1, 96], &[0, 0]), InputError::Vocabulary { id: 96, .. }));
-    assert!(matches!(fail(usize::MAX, 2, &[1], &[0]), InputError::Length { .. }));
+    assert!(matches!(fail(1, 2, &[1, 96], &[2, 2]), InputError::Vocabulary { id: 96, .. }));
+    assert!(matches!(fail(usize::MAX, 2, &[1], &[1]), InputError::Length { .. }));
+}
+
+#[test]
+fn ends_and_positions_that_are_no_forest_are_errors() {
+    let model = load("llama");
+    let input = |seq, positions: &[u32], ends: &[u32]| {
+        model.input(ends.len() / seq, seq, &vec![1; ends.len()], positions, ends).map(drop)
+    };
+    let fail = |positions: &[u32], ends: &[u32]| input(3, positions, ends).unwrap_err();
+    assert_eq!(fail(&[0, 1, 0], &[2, 1, 3]), InputError::End { row: 0, column: 1, end: 1, seq: 3 });
+    assert_eq!(fail(&[0, 1, 2], &[4, 3, 3]), InputError::End { row: 0, column: 0, end: 4, seq: 3 });
+    let crossing = fail(&[0, 1, 2, 0, 1, 2], &[3, 3, 3, 2, 3, 3]);
+    assert_eq!(crossing, InputError::Nesting { row: 1, column: 1, end: 3, parent: 0, parent_end: 2 });
+    assert_eq!(fail(&[0, 2, 3], &[3, 3, 3]), InputError::Path { row: 0, column: 1, position: 2, expected: 1 });
+    assert_eq!(fail(&[0, 1, 2], &[3, 2, 3]), InputError::Path { row: 0, column: 2, position: 2, expected: 1 });
+    assert_eq!(fail(&[1, 2, 3], &[3, 3, 3]), InputError::Path { row: 0, column: 0, position: 1, expected: 0 });
+    // A fork, and padding that is counted on.
+    assert_eq!(input(6, &[0, 1, 1, 2, 0, 1], &[4, 2, 4, 4, 5, 6]), Ok(()));
+}
+
+#[test]
+fn only_labelled_rows_change_neither_loss_nor_gradients() {
+    let (ids, _) = golden("llama");
+    // A few rows, some of which predict several tokens, in no order.
+    let positions = [30, 3, 12, 30, 41, 3, 30];
+    let tokens: Vec<u32> = (0..positions.len() as u32).map(|i| 5 + 7 * i).collect();
+    let weights: Vec<f32> = (0..positions.len()).map(|i| 0.1 + 0.05 * i as f32).collect();
+    for family in ["llama", "olmo2", "phi3"] {
+        let mut model = adapted(family);
+        let input = input(&model, &ids);
+        let hidden = model.hidden(&input, &Pass::eval());
+        let loss = model.loss(hidden, &positions, &tokens, &weights, &Pass::eval()).unwrap();
+        let want = gradients(&model, &loss);
+        for checkpointing in [Checkpointing::None, Checkpointing::Block, Checkpointing::Sqrt] {
+            model.set_checkpointing(checkpointing);
+            let selected = model.loss_of(&input, &positions, &tokens, &weights, &Pass::eval()).unwrap();
+            let got = gradients(&model, &selected);
+            assert_close(&[selected.into_scalar()], &[loss.clone().into_scalar()], 1e-5, family);
+            assert_close(&got, &want, 1e-5, family);
+        }
+    }
 }

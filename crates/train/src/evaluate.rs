@@ -62,7 +62,7 @@ pub(crate) fn evaluate_until<B: Borrow<Batch>>(
             return Err(TrainError::EvaluationNotFinite { value: loss, rows: rows([batch]) });
         }
         sum += loss;
-        tokens += batch.targets.len();
+        tokens += batch.trained_tokens();
     }
     if tokens == 0 {
         return Err(TrainError::NothingToEvaluate);

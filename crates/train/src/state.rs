@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use burn::optim::{AdamWConfig, GradientsAccumulator, GradientsParams, ModuleOptimizer};
 use burn::tensor::{DType, Tensor};
-use emberlora_data::Batch;
+use emberlora_data::{Batch, Target};
 use emberlora_lora::Pass;
 use emberlora_model::CausalLm;
 
@@ -55,9 +55,9 @@ pub struct StepOutcome {
     pub lr: f64,
     /// Global norm of the gradient, before clipping.
     pub grad_norm: f64,
-    /// Tokens read; padding does not count.
+    /// Tokens given, shared ones as often as documents have them; padding does not count.
     pub tokens: usize,
-    /// Tokens that were labels.
+    /// Labels, each as often as documents have it.
     pub trained_tokens: usize,
     /// Wall-clock time.
     pub seconds: f64,
@@ -188,17 +188,17 @@ impl TrainState {
 }
 
 fn trained_tokens(batches: &[Batch]) -> usize {
-    batches.iter().map(|batch| batch.targets.len()).sum()
+    batches.iter().map(Batch::trained_tokens).sum()
 }
 
 /// The loss of a batch, each trained token weighing `weight`: f32, `[1]`.
 pub(crate) fn summed_loss(model: &CausalLm, batch: &Batch, weight: f32, pass: &Pass) -> Result<Tensor<1>, TrainError> {
     let failed = |source| TrainError::Input { rows: rows([batch]), source };
-    let (positions, tokens): (Vec<u32>, Vec<u32>) =
-        batch.targets.iter().map(|target| (target.position, target.token)).unzip();
-    let input = model.input(batch.rows, batch.seq, &batch.ids, &batch.positions, &batch.starts).map_err(failed)?;
-    let hidden = model.hidden(&input, pass);
-    model.loss(hidden, &positions, &tokens, &vec![weight; tokens.len()], pass).map_err(failed)
+    let of_targets = |f: fn(&Target) -> u32| batch.targets.iter().map(f).collect::<Vec<u32>>();
+    let (positions, tokens) = (of_targets(|target| target.position), of_targets(|target| target.token));
+    let weights: Vec<f32> = batch.targets.iter().map(|target| weight * target.weight as f32).collect();
+    let input = model.input(batch.rows, batch.seq, &batch.ids, &batch.positions, &batch.ends).map_err(failed)?;
+    model.loss_of(&input, &positions, &tokens, &weights, pass).map_err(failed)
 }
 
 /// Where the documents of some batches came from.

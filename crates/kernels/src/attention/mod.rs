@@ -1,12 +1,17 @@
-//! Causal attention over packed documents (Vaswani et al.: *Attention Is All You Need*, 2017).
+//! Causal attention over trees of tokens (Vaswani et al.: *Attention Is All You Need*, 2017).
 //!
 //! ```text
 //! P = softmax(s · Q Kᵀ + mask),   O = P V
 //! ```
 //!
-//! Query i, at the absolute index a = i + (Sk − Sq), sees key j if and only if `starts[i] ≤ j ≤ a` and, with a sliding
-//! window, `a − j < window`. Several query heads share one key head (Ainslie et al.: *GQA*, 2023); the shared heads are
-//! never repeated in memory. Every query must see at least one key; `starts[i] ≤ a` makes it see itself.
+//! A row of tokens is a forest in depth-first preorder: a token is followed by everything that continues it, so its
+//! descendants are the columns from its own up to an end. A query sees itself and its ancestors, that is the key at
+//! column j if and only if `j ≤ i < end[j]` for its own column i (the interval labelling of trees: Dietz, *Maintaining
+//! order in a linked list*, 1982), and with a sliding window only where `position[i] − position[j] < window`. Documents
+//! that were packed into one row are paths of this forest: each of their tokens ends where the document does.
+//!
+//! Several query heads share one key head (Ainslie et al.: *GQA*, 2023); the shared heads are never repeated in memory.
+//! Every query must see itself: `end[i] > i`.
 
 mod autodiff;
 #[cfg(feature = "flex")]
@@ -35,18 +40,19 @@ pub enum AttentionKind {
 pub struct AttentionOptions {
     /// Factor on the scores, usually 1 / √D.
     pub scale: f32,
-    /// How many keys back from itself a query sees, itself included; `None` sees its whole document.
+    /// How many positions back from itself a query sees, its own included; `None` sees all of its ancestors.
     pub window: Option<usize>,
     /// How it is computed.
     pub kind: AttentionKind,
 }
 
-/// Causal attention within documents.
+/// Attention of every token to itself and its ancestors.
 ///
 /// # Shapes
-/// * `q`: `[batch, Sq, heads, D]`
+/// * `q`: `[batch, Sq, heads, D]`; the queries are the last Sq of the Sk columns
 /// * `k`, `v`: `[batch, Sk, kv_heads, D]`, Sk ≥ Sq, heads a multiple of kv_heads
-/// * `starts`: `[batch, Sq]`, for each query the first key it may see
+/// * `spans`: `[batch, Sk, 2]`, for each column one past the last column that sees it, and its position, which counts
+///   along the path from the root
 /// * result: as `q`
 ///
 /// # Panics
@@ -55,45 +61,47 @@ pub fn attention(
     q: Tensor<4>,
     k: Tensor<4>,
     v: Tensor<4>,
-    starts: Tensor<2, Int>,
+    spans: Tensor<3, Int>,
     options: AttentionOptions,
 ) -> Tensor<4> {
     let ([batch, queries, heads, dim], [_, keys, kv_heads, _]) = (q.dims(), k.dims());
     assert!(
         k.dims() == [batch, keys, kv_heads, dim]
             && v.dims() == k.dims()
-            && starts.dims() == [batch, queries]
+            && spans.dims() == [batch, keys, 2]
             && keys >= queries
             && heads.is_multiple_of(kv_heads),
-        "attention: q {:?}, k {:?}, v {:?}, starts {:?}",
+        "attention: q {:?}, k {:?}, v {:?}, spans {:?}",
         q.dims(),
         k.dims(),
         v.dims(),
-        starts.dims(),
+        spans.dims(),
     );
     match options.kind {
         AttentionKind::Fused => Tensor::from_dispatch(<Dispatch as AttentionOps>::packed_attention(
             q.into_dispatch(),
             k.into_dispatch(),
             v.into_dispatch(),
-            starts.into_dispatch(),
+            spans.into_dispatch(),
             options,
         )),
-        AttentionKind::Eager => eager(q, k, v, starts, options),
+        AttentionKind::Eager => eager(q, k, v, spans, options),
     }
 }
 
-fn eager(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, starts: Tensor<2, Int>, options: AttentionOptions) -> Tensor<4> {
+fn eager(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, spans: Tensor<3, Int>, options: AttentionOptions) -> Tensor<4> {
     let ([batch, queries, heads, dim], [_, keys, kv_heads, _]) = (q.dims(), k.dims());
-    let device = starts.device();
-    let absolute: Tensor<3, Int> =
-        Tensor::<1, Int>::arange((keys - queries) as i64..keys as i64, &device).reshape([1, queries, 1]);
-    let key: Tensor<3, Int> = Tensor::<1, Int>::arange(0..keys as i64, &device).reshape([1, 1, keys]);
-    let (absolute, key) = (absolute.expand([batch, queries, keys]), key.expand([batch, queries, keys]));
-    let starts = starts.reshape([batch, queries, 1]).expand([batch, queries, keys]);
-    let mut hidden = key.clone().lower(starts).bool_or(key.clone().greater(absolute.clone()));
+    let device = spans.device();
+    let full = [batch, queries, keys];
+    let by_key = |t: Tensor<3, Int>| t.swap_dims(1, 2).expand(full);
+    let query: Tensor<3, Int> =
+        Tensor::<1, Int>::arange((keys - queries) as i64..keys as i64, &device).reshape([1, queries, 1]).expand(full);
+    let key: Tensor<3, Int> = Tensor::<1, Int>::arange(0..keys as i64, &device).reshape([1, 1, keys]).expand(full);
+    let mut hidden = key.greater(query.clone()).bool_or(by_key(spans.clone().narrow(2, 0, 1)).lower_equal(query));
     if let Some(window) = options.window {
-        hidden = hidden.bool_or((absolute - key).greater_equal_elem(window as i64));
+        let positions = spans.narrow(2, 1, 1);
+        let distance = positions.clone().narrow(1, keys - queries, queries).expand(full) - by_key(positions);
+        hidden = hidden.bool_or(distance.greater_equal_elem(window as i64));
     }
     // Query heads of one group become further rows against their shared key head.
     let group = heads / kv_heads;

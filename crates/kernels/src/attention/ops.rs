@@ -12,15 +12,15 @@ use crate::body::plain_backends;
     Cube: cfg(any(feature = "wgpu", feature = "cuda"))
 )]
 pub trait AttentionOps: Backend {
-    /// O. `q` `[B, Sq, H, D]`, `k` and `v` `[B, Sk, Hkv, D]`, `starts` `[B, Sq]`.
+    /// O. `q` `[B, Sq, H, D]`, `k` and `v` `[B, Sk, Hkv, D]`, `spans` `[B, Sk, 2]`.
     fn packed_attention(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
-        starts: IntTensor<Self>,
+        spans: IntTensor<Self>,
         options: AttentionOptions,
     ) -> FloatTensor<Self> {
-        generic::forward::<Self>(q, k, v, starts, options).0
+        generic::forward::<Self>(q, k, v, spans, options).0
     }
 
     /// O and the log-sum-exp of every row of scores, `[B, H, Sq, 1]` in f32.
@@ -28,10 +28,10 @@ pub trait AttentionOps: Backend {
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
-        starts: IntTensor<Self>,
+        spans: IntTensor<Self>,
         options: AttentionOptions,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        generic::forward::<Self>(q, k, v, starts, options)
+        generic::forward::<Self>(q, k, v, spans, options)
     }
 
     /// (dQ, dK, dV).
@@ -43,10 +43,10 @@ pub trait AttentionOps: Backend {
         v: FloatTensor<Self>,
         out: FloatTensor<Self>,
         lse: FloatTensor<Self>,
-        starts: IntTensor<Self>,
+        spans: IntTensor<Self>,
         options: AttentionOptions,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        generic::backward::<Self>(grad, q, k, v, out, lse, starts, options)
+        generic::backward::<Self>(grad, q, k, v, out, lse, spans, options)
     }
 }
 

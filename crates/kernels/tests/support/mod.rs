@@ -1,6 +1,8 @@
 //! What the operations' tests share.
 #![allow(dead_code)] // each test binary uses a part of it
 
+pub mod forest;
+
 use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
 
 /// The autodiff devices that every operation is tested on: without and with Burn's own recomputation.

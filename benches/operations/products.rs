@@ -1,0 +1,155 @@
+//! Products with frozen weights: projections with and without an adapter, and the head with its loss.
+
+use std::hint::black_box;
+
+use burn::backend::Flex;
+use burn::backend::tensor::IntTensor;
+use burn::module::{Lora, Module};
+use burn::nn::LinearConfig;
+use burn::nn::loss::CrossEntropyLossConfig;
+use burn::tensor::{DType, Int, Tensor};
+use emberlora::kernels::{
+    AdapterPath, CrossEntropyOps, LinearOps, frozen_linear, linear_cross_entropy, lora_linear, reference,
+};
+
+use crate::support::{Gemm, alternate, random};
+use crate::{Bench, Contest, HIDDEN, INTERMEDIATE, Products, RANK, VOCABULARY, backward, raw, seed};
+
+/// (in, out) of the gate projection and of the one that goes back.
+const PROJECTIONS: [(usize, usize); 2] = [(HIDDEN, INTERMEDIATE), (INTERMEDIATE, HIDDEN)];
+const SCALE: f32 = 2.0;
+
+pub fn measure(bench: &Bench) {
+    for (k, n) in PROJECTIONS {
+        frozen(bench, k, n);
+        lora(bench, k, n);
+    }
+    for rows in [bench.tokens / 4, bench.tokens] {
+        head(bench, rows);
+    }
+}
+
+fn frozen(bench: &Bench, k: usize, n: usize) {
+    let name = format!("`frozen_linear` {k} → {n}, against `nn::Linear`");
+    if !bench.wants(&name) {
+        return;
+    }
+    let Bench { device, tokens, .. } = bench;
+    let x = random([*tokens, k], 1.0, device).require_grad();
+    let weight = random([n, k], 0.05, device);
+    let burn = LinearConfig::new(k, n).with_bias(false).init(device).no_grad();
+    let gemm = Gemm::new(*tokens, n, k, device);
+    macro_rules! body {
+        ($forward:path, $backward:path) => {
+            &mut || {
+                let y = $forward(raw(&x), raw(&weight));
+                black_box($backward(seed(y), raw(&weight)));
+            }
+        };
+    }
+    bench.compare(Contest {
+        name: &name,
+        products: Some(Products { flop: gemm.flop(), gemm: &gemm }),
+        ours: &mut || backward(frozen_linear(x.clone(), weight.clone())),
+        burn: &mut || backward(burn.forward(x.clone())),
+        body: body!(Flex::frozen_linear, Flex::frozen_linear_backward),
+        generic: body!(reference::linear::frozen::<Flex>, reference::linear::frozen_backward::<Flex>),
+    });
+}
+
+fn lora(bench: &Bench, k: usize, n: usize) {
+    let name = format!("`lora_linear` {k} → {n}, r {RANK}, against `apply_lora`");
+    if !bench.wants(&name) {
+        return;
+    }
+    let Bench { device, tokens, .. } = bench;
+    let x = random([*tokens, k], 1.0, device).require_grad();
+    let weight = random([n, k], 0.05, device);
+    let a = random([RANK, k], 0.05, device).require_grad();
+    let b = random([n, RANK], 0.05, device).require_grad();
+    let burn = LinearConfig::new(k, n).with_bias(false).init(device).apply_lora(Lora::new(RANK, 32.0));
+    let gemm = Gemm::new(*tokens, n, k, device);
+    // Forward: x Aᵀ and its product with Bᵀ. Backward: dy B, dA, dB and the part of dx that goes through the adapter.
+    let adapter = 6.0 * (tokens * RANK * (k + n)) as f64;
+    let path = AdapterPath::new(SCALE, None);
+    macro_rules! body {
+        ($forward:path, $backward:path) => {
+            &mut || {
+                let (x, w, a, b) = (raw(&x), raw(&weight), raw(&a), raw(&b));
+                let y = $forward(x.clone(), w.clone(), a.clone(), b.clone(), path);
+                black_box($backward(seed(y), x, w, a, b, path, true));
+            }
+        };
+    }
+    bench.compare(Contest {
+        name: &name,
+        products: Some(Products { flop: gemm.flop() + adapter, gemm: &gemm }),
+        ours: &mut || backward(lora_linear(x.clone(), weight.clone(), a.clone(), b.clone(), SCALE, None)),
+        burn: &mut || backward(burn.forward(x.clone())),
+        body: body!(Flex::lora_linear, Flex::lora_linear_backward),
+        generic: body!(reference::linear::lora::<Flex>, reference::linear::lora_backward::<Flex>),
+    });
+}
+
+fn head(bench: &Bench, rows: usize) {
+    let name = format!("`linear_cross_entropy`, {rows} rows");
+    if !bench.wants(&name) {
+        return;
+    }
+    let device = &bench.device;
+    let hidden = random([rows, HIDDEN], 1.0, device).require_grad();
+    let head = random([VOCABULARY, HIDDEN], 0.05, device);
+    let tracked = Tensor::<1, Int>::arange(0..rows as i64, device);
+    let targets = tracked.clone().inner();
+    let weights = Tensor::<1>::ones([rows], device) / rows as f32;
+    let burn = CrossEntropyLossConfig::new().init(device);
+    let gemm = Gemm::new(rows, VOCABULARY, HIDDEN, device);
+    let ids = || -> IntTensor<Flex> { targets.clone().try_into_primitive::<Flex>().expect("a tensor of flex") };
+    let column = || -> IntTensor<Flex> {
+        targets.clone().reshape([rows, 1]).try_into_primitive::<Flex>().expect("a tensor of flex")
+    };
+    bench.compare(Contest {
+        name: &name,
+        products: Some(Products { flop: gemm.flop(), gemm: &gemm }),
+        ours: &mut || {
+            backward(linear_cross_entropy(hidden.clone(), head.clone(), tracked.clone(), weights.clone()));
+        },
+        burn: &mut || backward(burn.forward(hidden.clone().matmul(head.clone().transpose()), tracked.clone())),
+        body: &mut || {
+            black_box(Flex::linear_cross_entropy_with_grad(raw(&hidden), raw(&head), ids(), raw(&weights)));
+        },
+        generic: &mut || {
+            let logits = reference::linear::frozen::<Flex>(raw(&hidden), raw(&head));
+            let weights = raw(&weights.clone().reshape([rows, 1]));
+            let (loss, grad) = reference::cross_entropy::weighted_nll::<Flex>(logits, column(), weights, true);
+            let grad = grad.expect("asked for");
+            black_box((loss, reference::linear::frozen_backward::<Flex>(grad, raw(&head))));
+        },
+    });
+}
+
+/// What it costs to keep the frozen weight in half the memory.
+pub fn formats(bench: &Bench) {
+    let name = "`frozen_linear` by format of the weight";
+    if !bench.wants(name) {
+        return;
+    }
+    println!("\n| {name}, forward + backward | f32 (ms) | bf16 (ms) | f16 (ms) | bf16 / f32 | f16 / f32 |");
+    println!("|---|---|---|---|---|---|");
+    let Bench { device, tokens, .. } = bench;
+    for (k, n) in PROJECTIONS {
+        let x = random([*tokens, k], 1.0, device).require_grad();
+        let weight = random([n, k], 0.05, device);
+        let (bf16, f16) = (weight.clone().cast(DType::BF16), weight.clone().cast(DType::F16));
+        let run = |weight: &Tensor<2>| backward(frozen_linear(x.clone(), weight.clone()));
+        let [f32, bf16, f16] = alternate(bench.rounds, [&mut || run(&weight), &mut || run(&bf16), &mut || run(&f16)]);
+        println!(
+            "| {tokens} × {k} → {n} | {:.2} | {:.2} | {:.2} | {:.2} | {:.2} |",
+            f32 * 1e3,
+            bf16 * 1e3,
+            f16 * 1e3,
+            bf16 / f32,
+            f16 / f32,
+        );
+    }
+}

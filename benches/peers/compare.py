@@ -1,0 +1,247 @@
+#!/usr/bin/env python3
+"""emberlora beside transformers + PEFT: the same model, adapter, tokens and optimizer, each in processes of its own.
+
+    .venv/bin/python benches/peers/compare.py --model models/smollm2 --chat rows.jsonl --rounds 3
+
+Contenders alternate, and one Markdown table of medians and ratios is printed. Before that it is checked that they did the
+same: losses of every step agree, or for the chat rows the tokens given and trained. The cases:
+
+    a, a-ckpt   4 rows of 256 random tokens, every one a label, without and with gradient checkpointing
+    b, b-ckpt   1 row of 1024
+    c, c-ckpt   an epoch over chat rows: packing and shared prefixes against batches of 8 padded rows
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+SHAPES = {"a": (4, 256), "b": (1, 1024)}
+CASES = ["a", "a-ckpt", "b", "b-ckpt", "c", "c-ckpt"]
+OURS = "emberlora"
+CHAT_BATCH = 8
+CHAT_LR = 2e-4
+
+
+@dataclass
+class Contender:
+    name: str
+    run: Callable[[], dict]
+
+
+def main():
+    args = parse_arguments()
+    programs = build()
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = Path(scratch)
+        adapter = scratch / "start"
+        init = ROOT / "scripts" / "compare_training_with_peft.py"
+        finished([sys.executable, init, "init", "--model", args.model, "--adapter", adapter])
+        rows = chat_rows(args, scratch) if any(case.startswith("c") for case in args.cases) else None
+        print("| case | contender | tokens/s | peak memory (MiB) | start to first step (s) | seconds | speed | memory | sooner |")
+        print("|---|---|---|---|---|---|---|---|---|")
+        for case in args.cases:
+            if case.startswith("c"):
+                contenders = chat_contenders(case, args, programs, adapter, rows, scratch)
+                check = same_tokens
+            else:
+                contenders = step_contenders(case, args, programs, adapter)
+                check = same_losses
+            results = alternate(case, contenders, args)
+            check(case, results, args.tolerance)
+            print_rows(case, results)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="a model directory, as scripts/fetch_smollm2.py writes it")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, metavar="CASE", help="default: all")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6, help="steps per process in cases a and b; the first is not timed")
+    parser.add_argument("--compile", action="store_true", help="also PEFT with torch.compile, which takes minutes to begin")
+    parser.add_argument("--weights", choices=["f32", "bf16"], default="f32", help="how emberlora stores the frozen weights")
+    parser.add_argument("--checkpointing", default="block", help="emberlora's strategy in the -ckpt cases")
+    parser.add_argument("--chat", type=Path, help="chat rows for case c: JSON lines with `messages`")
+    parser.add_argument("--rows", type=int, help="take that many of them, in a seeded order; default: all")
+    parser.add_argument("--max-seq-len", type=int, default=512, help="length of emberlora's packed rows")
+    parser.add_argument("--packed-rows", type=int, default=1, help="packed rows in a step of emberlora")
+    parser.add_argument("--tolerance", type=float, default=1e-3, help="how far losses may differ")
+    parser.add_argument("--raw", type=Path, help="append every measurement to this file, a JSON object a line")
+    args = parser.parse_args()
+    if args.chat is None and any(case.startswith("c") for case in args.cases):
+        parser.error("cases c and c-ckpt need --chat")
+    args.model = args.model.resolve()
+    return args
+
+
+def build():
+    """The paths of the `step` benchmark and of the command line program, compiled if need be."""
+    command = ["cargo", "build", "--release", "--bin", "emberlora", "--bench", "step", "--message-format=json-render-diagnostics"]
+    output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    messages = [json.loads(line) for line in output.splitlines()]
+    return {message["target"]["name"]: message["executable"] for message in messages if message.get("executable")}
+
+
+def finished(command):
+    """Standard output of a command that has to succeed, and when it was started."""
+    started = time.time()
+    command = [str(part) for part in command]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}: exit code {done.returncode}")
+    return done.stdout, started
+
+
+def reported(command):
+    """The JSON object that a contender prints as its last line; its start is taken from outside the process."""
+    output, started = finished(command)
+    result = json.loads(output.splitlines()[-1])
+    result["start_to_first_step"] = result["first_step_at"] - started
+    if "step_seconds" in result:
+        result["seconds"] = result["rows"] * result["seq"] / result["tokens_per_second"]
+    return result
+
+
+def step_contenders(case, args, programs, adapter):
+    (rows, seq), checkpointed = SHAPES[case[0]], case.endswith("-ckpt")
+    shared = ["--model", args.model, "--adapter", adapter, "--rows", rows, "--seq", seq, "--steps", args.steps]
+    strategy = args.checkpointing if checkpointed else "none"
+    ours = [programs["step"], *shared, "--weights", args.weights, "--checkpointing", strategy]
+    peft = [sys.executable, HERE / "peft_step.py", *shared, *(["--ckpt"] if checkpointed else [])]
+    contenders = [Contender(OURS, lambda: reported(ours)), Contender("PEFT", lambda: reported(peft))]
+    if args.compile and not checkpointed:
+        contenders.append(Contender("PEFT, compiled", lambda: reported([*peft, "--compile"])))
+    return contenders
+
+
+def chat_rows(args, scratch):
+    """The rows that both train, in an order that does not depend on who reads them."""
+    lines = args.chat.read_text().splitlines()
+    random.Random(0).shuffle(lines)
+    path = scratch / "rows.jsonl"
+    path.write_text("".join(line + "\n" for line in lines[:args.rows]))
+    return path
+
+
+def chat_contenders(case, args, programs, adapter, rows, scratch):
+    checkpointed = case.endswith("-ckpt")
+    peft = [sys.executable, HERE / "peft_chat.py", "--model", args.model, "--adapter", adapter, "--data", rows,
+            "--batch-size", CHAT_BATCH, "--lr", CHAT_LR, *(["--ckpt"] if checkpointed else [])]
+    recipe = scratch / f"{case}.yaml"
+    output = scratch / f"{case}-run"
+    recipe.write_text(json.dumps({  # JSON is YAML
+        "model": {"source": str(args.model), "dtype": args.weights, "compute_dtype": "f32"},
+        "adapter": {"r": 16, "alpha": 32.0, "init_from": str(adapter)},
+        "gradient_checkpointing": args.checkpointing if checkpointed else "none",
+        "data": {"train": str(rows), "max_seq_len": args.max_seq_len},
+        "train": {
+            "epochs": 1,
+            "batch_size": args.packed_rows,
+            "learning_rate": CHAT_LR,
+            "schedule": {"kind": "constant", "warmup_steps": 0},
+            "max_grad_norm": 1.0,
+        },
+        "output": str(output),
+    }))
+    ours = [programs["emberlora"], "train", recipe]
+    return [Contender(OURS, lambda: trained(ours, output)), Contender("PEFT", lambda: reported(peft))]
+
+
+def trained(command, output):
+    """Runs `emberlora train` and reads its metrics; the line of a step on standard error says when the step ended."""
+    started = time.time()
+    environment = {**os.environ, "NO_COLOR": "1"}
+    process = subprocess.Popen([str(part) for part in command], env=environment, text=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    said, ends = [], []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith("step "):
+            ends.append(time.time())
+    if process.wait():
+        sys.exit("".join(said) + f"{command}: exit code {process.returncode}")
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line.get("split") != "eval"]
+    shutil.rmtree(output)
+    first_step_at = ends[0] - steps[0]["step_seconds"]
+    total = lambda key: sum(step[key] for step in steps)
+    seconds = ends[-1] - first_step_at
+    return {
+        "steps": len(steps),
+        "seconds": seconds,
+        "tokens": total("tokens"),
+        "trained_tokens": total("trained_tokens"),
+        "tokens_per_second": total("tokens") / seconds,
+        "mean_loss": sum(step["loss"] * step["trained_tokens"] for step in steps) / total("trained_tokens"),
+        "peak_memory_bytes": steps[-1]["peak_memory_bytes"],
+        "start_to_first_step": first_step_at - started,
+    }
+
+
+def alternate(case, contenders, args):
+    """All measurements by contender. In a round each runs once, so that a change of the machine meets all alike."""
+    results = {contender.name: [] for contender in contenders}
+    for number in range(args.rounds):
+        for contender in contenders:
+            result = contender.run()
+            results[contender.name].append(result)
+            print(f"{case} {number + 1}/{args.rounds} {contender.name}: {result['tokens_per_second']:.1f} tokens/s, "
+                  f"{mib(result):.0f} MiB", file=sys.stderr)
+            if args.raw:
+                with args.raw.open("a") as file:
+                    file.write(json.dumps({"case": case, "contender": contender.name, **result}) + "\n")
+    return results
+
+
+def same_losses(case, results, tolerance):
+    losses = [result["losses"] for measured in results.values() for result in measured]
+    worst = max(max(step) - min(step) for step in zip(*losses, strict=True))
+    print(f"{case}: the losses of {len(losses[0])} steps differ by at most {worst:.1e}", file=sys.stderr)
+    if worst > tolerance:
+        sys.exit(f"{case}: losses differ by {worst:.1e}, allowed {tolerance:.0e}: {results}")
+
+
+def same_tokens(case, results, _):
+    """Batches differ, so losses of single steps do not compare; what was read and trained does."""
+    for key in ("tokens", "trained_tokens"):
+        found = {result[key] for measured in results.values() for result in measured}
+        if len(found) > 1:
+            sys.exit(f"{case}: {key} differ between contenders: {sorted(found)}")
+    for name, measured in results.items():
+        first = measured[0]
+        print(f"{case} {name}: {first['steps']} steps over {first['tokens']} tokens, {first['trained_tokens']} trained, "
+              f"mean loss {first['mean_loss']:.4f}", file=sys.stderr)
+
+
+def mib(result):
+    return result["peak_memory_bytes"] / 2**20
+
+
+def print_rows(case, results):
+    """A row per contender, and by how much emberlora differs from it."""
+    numbers = {}
+    for name, measured in results.items():
+        keys = ("tokens_per_second", "peak_memory_bytes", "start_to_first_step", "seconds")
+        numbers[name] = [statistics.median(result[key] for result in measured) for key in keys]
+    speed, memory, start, _ = numbers[OURS]
+    for name, (their_speed, their_memory, their_start, seconds) in numbers.items():
+        ratios = ["–"] * 3
+        if name != OURS:
+            ratios = [f"{speed / their_speed:.2f} ×", f"{memory / their_memory:.3f} ×", f"{their_start / start:.1f} ×"]
+        print(f"| {case} | {name} | {their_speed:.0f} | {their_memory / 2**20:.0f} | {their_start:.2f} | {seconds:.2f} | {' | '.join(ratios)} |",
+              flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -50,6 +50,16 @@ fn saving_leaves_alone_what_is_not_an_adapter() {
     assert_eq!(fs::read_dir(saved.dir.path()).unwrap().count(), 3);
 }
 
+#[test]
+fn an_adapter_that_a_crash_left_aside_is_named() {
+    let saved = Saved::new(plain());
+    let aside = saved.dir.path().join(format!(".{}.old-7-0", saved.path().file_name().unwrap().display()));
+    fs::rename(saved.path(), &aside).unwrap();
+    let error = saved.load().unwrap_err();
+    assert!(matches!(&error, PeftError::CutShort { aside: found, .. } if *found == aside), "{error}");
+    assert!(error.to_string().contains("rename"), "{error}");
+}
+
 #[cfg(unix)]
 #[test]
 fn saving_through_a_link_replaces_what_it_points_to() {

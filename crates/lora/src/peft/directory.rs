@@ -11,8 +11,9 @@ use super::{CONFIG_FILE, PICKLE_FILE, PeftError, TENSORS_FILE};
 /// Replaces the directory `target` by one with these files.
 ///
 /// The files are written beside the target and brought to the disk before anything is renamed, so the target holds
-/// the old adapter or the new one but never a part of one. Files in an old directory that are not the adapter's, such
-/// as a README, move into the new one.
+/// the old adapter or the new one but never a part of one. Where the system can, the two change places in one step;
+/// elsewhere there is a moment in which the old one lies aside and the target is missing, which [`put_back`] repairs
+/// after a crash. Files in an old directory that are not the adapter's, such as a README, move into the new one.
 ///
 /// An error means that the target is as it was. Once the new adapter is in place, what is left to do can only end in a
 /// warning.
@@ -25,22 +26,17 @@ pub(super) fn replace(target: &Path, files: &[(&str, &[u8])]) -> Result<(), Peft
     };
     let (parent, name) = split(&target)?;
     fs::create_dir_all(&parent).map_err(failed("create", &parent))?;
+    put_back(&parent, name, &target)?;
     let exists = check_replaceable(&target)?;
 
-    let fresh = Scratch::create(&parent, name, "new")?;
+    let fresh = Scratch::create(&parent, name, NEW)?;
     for (file, bytes) in files {
         write(&fresh.path.join(file), bytes)?;
     }
     sync_directory(&fresh.path)?;
     if exists {
-        let aside = beside(&parent, name, "old");
-        fs::rename(&target, &aside).map_err(failed("move aside", &target))?;
-        if let Err(error) = fs::rename(&fresh.path, &target) {
-            // The old adapter goes back; should that fail too, it still is in `aside`.
-            let path = if fs::rename(&aside, &target).is_ok() { &target } else { &aside };
-            return Err(failed("replace", path)(error));
-        }
-        clear(&parent, &aside, &target);
+        let old = swap(fresh, &target, &parent, name)?;
+        clear(&parent, &old, &target);
     } else {
         fs::rename(&fresh.path, &target).map_err(failed("create", &target))?;
         if let Err(error) = sync_directory(&parent) {
@@ -48,6 +44,61 @@ pub(super) fn replace(target: &Path, files: &[(&str, &[u8])]) -> Result<(), Peft
         }
     }
     Ok(())
+}
+
+/// The adapter that lies aside because replacing `target` was cut short between two renames, so that `target` itself
+/// is missing.
+pub(super) fn cut_short(target: &Path) -> Option<PathBuf> {
+    if target.exists() {
+        return None;
+    }
+    let (parent, name) = split(target).ok()?;
+    leftovers(&parent, name, OLD).into_iter().max_by_key(|path| path.metadata().and_then(|data| data.modified()).ok())
+}
+
+/// Repairs what a crash left behind, as far as that is certain, and points at the rest.
+fn put_back(parent: &Path, name: &OsStr, target: &Path) -> Result<(), PeftError> {
+    if let Some(aside) = cut_short(target) {
+        fs::rename(&aside, target).map_err(failed("put back", &aside))?;
+        tracing::warn!("{}: replacing it had been cut short, so the adapter of before was put back", target.display());
+    }
+    for path in [NEW, OLD].iter().flat_map(|suffix| leftovers(parent, name, suffix)) {
+        let path = path.display();
+        tracing::warn!("{path} was left by a save that was cut short; delete it unless it holds files of yours");
+    }
+    Ok(())
+}
+
+/// Brings `fresh` to where `target` is, and answers where the old directory is then.
+fn swap(fresh: Scratch, target: &Path, parent: &Path, name: &OsStr) -> Result<PathBuf, PeftError> {
+    match exchange(&fresh.path, target) {
+        Ok(()) => Ok(fresh.keep()),
+        // Whatever keeps more than this one call from working shows in the next.
+        Err(_) => move_aside(&fresh.path, target, beside(parent, name, OLD)),
+    }
+}
+
+/// Makes two directories change places in one step.
+#[cfg(target_os = "linux")]
+fn exchange(a: &Path, b: &Path) -> io::Result<()> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    Ok(renameat_with(CWD, a, CWD, b, RenameFlags::EXCHANGE)?)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn exchange(_: &Path, _: &Path) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
+/// The same in two steps.
+fn move_aside(fresh: &Path, target: &Path, aside: PathBuf) -> Result<PathBuf, PeftError> {
+    fs::rename(target, &aside).map_err(failed("move aside", target))?;
+    if let Err(error) = fs::rename(fresh, target) {
+        // The old adapter goes back; should that fail too, it still is in `aside`.
+        let path = if fs::rename(&aside, target).is_ok() { target } else { &aside };
+        return Err(failed("replace", path)(error));
+    }
+    Ok(aside)
 }
 
 /// Empties and removes the old directory behind its replacement. Whatever fails leaves it where it is, since it may
@@ -113,13 +164,24 @@ fn split(target: &Path) -> Result<(PathBuf, &OsStr), PeftError> {
     Ok((parent.to_owned(), name))
 }
 
+/// What the names of directories beside the target say: one that is being written, and one that was replaced.
+const NEW: &str = "new";
+const OLD: &str = "old";
+
+/// What names beside the target begin with.
+fn prefix(name: &OsStr, suffix: &str) -> OsString {
+    let mut hidden = OsString::from(".");
+    hidden.push(name);
+    hidden.push(format!(".{suffix}-"));
+    hidden
+}
+
 /// A name that is not taken, beside the target so that it is on the same file system.
 fn beside(parent: &Path, name: &OsStr, suffix: &str) -> PathBuf {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     loop {
-        let mut hidden = OsString::from(".");
-        hidden.push(name);
-        hidden.push(format!(".{suffix}-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed)));
+        let mut hidden = prefix(name, suffix);
+        hidden.push(format!("{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed)));
         let path = parent.join(hidden);
         if !path.exists() {
             return path;
@@ -127,23 +189,43 @@ fn beside(parent: &Path, name: &OsStr, suffix: &str) -> PathBuf {
     }
 }
 
-/// A directory that disappears unless it was renamed.
+/// The directories that [`beside`] has named and that are still there.
+fn leftovers(parent: &Path, name: &OsStr, suffix: &str) -> Vec<PathBuf> {
+    let prefix = prefix(name, suffix);
+    let ours = |path: &PathBuf| {
+        path.file_name()
+            .is_some_and(|name| name.as_encoded_bytes().starts_with(prefix.as_encoded_bytes()) && path.is_dir())
+    };
+    let entries = fs::read_dir(parent).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).filter(ours).collect()
+}
+
+/// A directory that disappears unless it was renamed or kept.
 struct Scratch {
     path: PathBuf,
+    kept: bool,
 }
 
 impl Scratch {
     fn create(parent: &Path, name: &OsStr, suffix: &str) -> Result<Self, PeftError> {
         let path = beside(parent, name, suffix);
         fs::create_dir(&path).map_err(failed("create", &path))?;
-        Ok(Self { path })
+        Ok(Self { path, kept: false })
+    }
+
+    fn keep(mut self) -> PathBuf {
+        self.kept = true;
+        self.path.clone()
     }
 }
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // After a successful rename there is nothing at this path; after a failure the first error is the one to tell.
-        let _ = fs::remove_dir_all(&self.path);
+        if !self.kept {
+            // After a successful rename there is nothing at this path; after a failure the first error is the one to
+            // tell.
+            let _ = fs::remove_dir_all(&self.path);
+        }
     }
 }
 
@@ -155,6 +237,57 @@ pub(super) fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// An adapter directory whose configuration holds `text`.
+    fn adapter(path: &Path, text: &str) {
+        fs::create_dir(path).unwrap();
+        fs::write(path.join(CONFIG_FILE), text).unwrap();
+    }
+
+    fn config(path: &Path) -> String {
+        fs::read_to_string(path.join(CONFIG_FILE)).unwrap()
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn directories_change_places_in_one_step() {
+        let dir = tempfile::tempdir().unwrap();
+        let [a, b] = ["a", "b"].map(|name| dir.path().join(name));
+        adapter(&a, "a");
+        adapter(&b, "b");
+        exchange(&a, &b).unwrap();
+        assert_eq!((config(&a), config(&b)), ("b".to_owned(), "a".to_owned()));
+        assert!(exchange(&a, &dir.path().join("absent")).is_err());
+    }
+
+    #[test]
+    fn in_two_steps_the_old_directory_lies_aside_and_goes_back_when_the_second_fails() {
+        let dir = tempfile::tempdir().unwrap();
+        let [fresh, target, aside] = ["fresh", "adapter", ".adapter.old-1-0"].map(|name| dir.path().join(name));
+        adapter(&fresh, "new");
+        adapter(&target, "old");
+        assert_eq!(move_aside(&fresh, &target, aside.clone()).unwrap(), aside);
+        assert_eq!((config(&target), config(&aside)), ("new".to_owned(), "old".to_owned()));
+        fs::remove_dir_all(&aside).unwrap();
+        assert!(move_aside(&fresh, &target, aside.clone()).is_err());
+        assert_eq!(config(&target), "new");
+        assert!(!aside.exists());
+    }
+
+    #[test]
+    fn an_adapter_left_aside_by_a_crash_is_found_and_put_back_by_the_next_save() {
+        let dir = tempfile::tempdir().unwrap();
+        let [target, aside, other] =
+            ["adapter", ".adapter.old-1-0", ".adapter2.old-1-0"].map(|name| dir.path().join(name));
+        adapter(&aside, "old");
+        adapter(&other, "of another");
+        fs::write(aside.join("README.md"), "mine").unwrap();
+        assert_eq!(cut_short(&target).as_ref(), Some(&aside));
+        replace(&target, &[(CONFIG_FILE, b"new")]).unwrap();
+        assert_eq!(config(&target), "new");
+        assert_eq!(fs::read_to_string(target.join("README.md")).unwrap(), "mine");
+        assert_eq!((cut_short(&target), aside.exists(), other.exists()), (None, false, true));
+    }
 
     #[test]
     fn files_that_cannot_move_to_the_new_adapter_stay_beside_it() {
@@ -170,14 +303,12 @@ mod tests {
     fn an_old_directory_goes_once_its_other_files_have_moved() {
         let dir = tempfile::tempdir().unwrap();
         let (old, new) = (dir.path().join(".adapter.old-1-0"), dir.path().join("adapter"));
-        for place in [&old, &new] {
-            fs::create_dir(place).unwrap();
-            fs::write(place.join(CONFIG_FILE), place.as_os_str().as_encoded_bytes()).unwrap();
-        }
+        adapter(&old, "old");
+        adapter(&new, "new");
         fs::write(old.join("README.md"), "mine").unwrap();
         clear(dir.path(), &old, &new);
         assert!(!old.exists());
         assert_eq!(fs::read_to_string(new.join("README.md")).unwrap(), "mine");
-        assert_eq!(fs::read(new.join(CONFIG_FILE)).unwrap(), new.as_os_str().as_encoded_bytes());
+        assert_eq!(config(&new), "new");
     }
 }

@@ -27,6 +27,18 @@ pub enum PeftError {
         /// Name of the file.
         file: &'static str,
     },
+    /// The directory is missing because a crash cut its replacement short.
+    #[error(
+        "{} is missing because replacing it was cut short; the adapter that it held is in {}: rename that to it",
+        dir.display(),
+        aside.display()
+    )]
+    CutShort {
+        /// The directory.
+        dir: PathBuf,
+        /// Where its adapter is.
+        aside: PathBuf,
+    },
     /// The tensors are stored as a Python pickle, which runs code when it is read.
     #[error(
         "{} holds the tensors as a Python pickle; convert it with PEFT: load the adapter and call \

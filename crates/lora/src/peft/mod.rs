@@ -54,7 +54,10 @@ pub struct PeftAdapter {
 /// value of the configuration has the wrong type.
 pub fn load(dir: &Path) -> Result<PeftAdapter, PeftError> {
     let path = dir.join(CONFIG_FILE);
-    let bytes = read(&path)?.ok_or(PeftError::MissingFile { dir: dir.to_owned(), file: CONFIG_FILE })?;
+    let bytes = read(&path)?.ok_or_else(|| match directory::cut_short(dir) {
+        Some(aside) => PeftError::CutShort { dir: dir.to_owned(), aside },
+        None => PeftError::MissingFile { dir: dir.to_owned(), file: CONFIG_FILE },
+    })?;
     let config = config::parse(&bytes, &path)?;
 
     let path = dir.join(TENSORS_FILE);

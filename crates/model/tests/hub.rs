@@ -93,7 +93,7 @@ fn status(code: u16) -> Vec<u8> {
 }
 
 fn respond(path: &str, range: Option<&String>, repository: &Repository) -> Vec<u8> {
-    if path == "/api/models/org/tiny/revision/main" {
+    if ["main", COMMIT].iter().any(|revision| path == format!("/api/models/org/tiny/revision/{revision}")) {
         let mut names: Vec<&String> = repository.files.keys().collect();
         names.sort();
         let siblings: Vec<_> = names.iter().map(|name| serde_json::json!({"rfilename": name})).collect();
@@ -192,9 +192,30 @@ fn a_complete_copy_serves_while_the_hub_cannot_be_reached() {
     let found = resolve_with(&settings(&address, &home), "org/tiny", "main", &mut ()).unwrap();
     drop(hub);
     let offline = settings(&closed_port(), &home);
-    assert_eq!(resolve_with(&offline, "org/tiny", "main", &mut ()).unwrap(), found);
-    fs::remove_file(found.dir.join("model.safetensors")).unwrap();
-    assert!(matches!(resolve_with(&offline, "org/tiny", "main", &mut ()), Err(HubError::Connection { .. })));
+    for revision in ["main", COMMIT] {
+        assert_eq!(resolve_with(&offline, "org/tiny", revision, &mut ()).unwrap(), found);
+    }
+}
+
+#[test]
+fn a_copy_that_lacks_a_file_is_completed_and_without_a_hub_an_error_that_names_it() {
+    let (hub, home) = (Hub::serve(tiny()), tempfile::tempdir().unwrap());
+    let online = settings(&hub.address, &home);
+    let found = resolve_with(&online, "org/tiny", "main", &mut ()).unwrap();
+    let offline = settings(&closed_port(), &home);
+    for name in ["model.safetensors", "tokenizer.json", "config.json"] {
+        for revision in ["main", COMMIT] {
+            fs::remove_file(found.dir.join(name)).unwrap();
+            let error = resolve_with(&offline, "org/tiny", revision, &mut ()).unwrap_err();
+            let text = error.to_string();
+            assert!(matches!(&error, HubError::Incomplete { missing, .. } if missing == name), "{text}");
+            assert!(text.contains(name) && text.contains(COMMIT), "{text}");
+
+            let mut progress = Recorder::default();
+            assert_eq!(resolve_with(&online, "org/tiny", revision, &mut progress).unwrap(), found);
+            assert_eq!(progress.files.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), [name]);
+        }
+    }
 }
 
 /// An address at which nobody listens.

@@ -93,7 +93,7 @@ impl PrepareError {
     /// Whether a recipe or what it names is to blame, so that trying again changes nothing.
     pub fn is_wrong_input(&self) -> bool {
         match self {
-            Self::Hub(HubError::Connection { .. }) | Self::Hash { .. } => false,
+            Self::Hub(HubError::Connection { .. } | HubError::Incomplete { .. }) | Self::Hash { .. } => false,
             Self::Train(error) => error.is_wrong_input(),
             _ => true,
         }

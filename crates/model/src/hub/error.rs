@@ -76,6 +76,24 @@ pub enum HubError {
         /// What the network said.
         reason: String,
     },
+    /// The hub could not be reached, and the copy in the cache is not all that is needed.
+    #[error(
+        "`{id}`: {endpoint} cannot be reached, and the copy in {} has no {missing}: run once with a connection, which \
+         fetches only what is missing, or put the file there: {reason}",
+        dir.display()
+    )]
+    Incomplete {
+        /// The id.
+        id: String,
+        /// The hub's address.
+        endpoint: String,
+        /// The copy.
+        dir: PathBuf,
+        /// The first file that it lacks.
+        missing: String,
+        /// What the network said.
+        reason: String,
+    },
     /// The hub answered with something else than it should.
     #[error("`{id}`: {endpoint} gave an answer that is not understood: {reason}")]
     Answer {

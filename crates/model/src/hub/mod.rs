@@ -58,22 +58,28 @@ pub struct HubSettings {
 }
 
 impl HubSettings {
-    /// From `HF_ENDPOINT`, `HF_HOME` and `HF_TOKEN`, or the token that a login left in `HF_HOME`.
+    /// From the variables that Python's `huggingface_hub` reads: `HF_ENDPOINT`; `HF_HUB_CACHE`, or else `hub` in
+    /// `HF_HOME`; `HF_TOKEN`, or else the token that a login left in `HF_HOME`.
     pub fn from_env() -> Self {
-        let given = |name: &str| std::env::var(name).ok().map(|v| v.trim().to_owned()).filter(|v| !v.is_empty());
-        let cache = match given("HF_HOME") {
-            Some(home) => Cache::new(Path::new(&home).join("hub")),
+        Self::from_variables(|name| std::env::var(name).ok())
+    }
+
+    fn from_variables(variable: impl Fn(&str) -> Option<String>) -> Self {
+        let given = |name: &str| variable(name).map(|v| v.trim().to_owned()).filter(|v| !v.is_empty());
+        let home = match given("HF_HOME") {
+            Some(home) => PathBuf::from(home),
             // hf-hub's own default panics without a home directory.
             None => match std::env::home_dir() {
-                Some(home) => Cache::new(home.join(".cache/huggingface/hub")),
-                None => Cache::new(std::env::temp_dir().join("huggingface/hub")),
+                Some(home) => home.join(".cache/huggingface"),
+                None => std::env::temp_dir().join("huggingface"),
             },
         };
+        let in_home = home.join("hub");
         let endpoint = given("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_owned());
         Self {
             endpoint: endpoint.trim_end_matches('/').to_owned(),
-            token: given("HF_TOKEN").or_else(|| cache.token()),
-            cache: cache.path().clone(),
+            token: given("HF_TOKEN").or_else(|| Cache::new(in_home.clone()).token()),
+            cache: given("HF_HUB_CACHE").map_or(in_home, PathBuf::from),
         }
     }
 }
@@ -111,15 +117,23 @@ pub fn resolve_with(
     let download = Download { settings, id: source, revision };
     // A commit never changes, so a complete copy of one needs no network.
     if is_commit(revision)
-        && let Some(dir) = download.cached(revision)
+        && let Ok(dir) = download.cached(revision)
     {
         return Ok(ModelSource { dir, commit: Some(revision.to_owned()) });
     }
     match download.run(progress) {
-        Err(HubError::Connection { reason, .. }) if let Some((dir, commit)) = download.last_known() => {
-            tracing::warn!("{} cannot be reached ({reason}); using the cached {commit}", settings.endpoint);
-            Ok(ModelSource { dir, commit: Some(commit) })
-        }
+        Err(HubError::Connection { id, endpoint, cache, reason }) => match download.last_known() {
+            Some(commit) => match download.cached(&commit) {
+                Ok(dir) => {
+                    tracing::warn!("{endpoint} cannot be reached ({reason}); using the cached {commit}");
+                    Ok(ModelSource { dir, commit: Some(commit) })
+                }
+                Err(missing) => {
+                    Err(HubError::Incomplete { id, endpoint, dir: download.snapshot(&commit), missing, reason })
+                }
+            },
+            None => Err(HubError::Connection { id, endpoint, cache, reason }),
+        },
         result => result,
     }
 }
@@ -139,10 +153,13 @@ fn is_commit(revision: &str) -> bool {
     revision.len() == 40 && revision.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
+const CONFIG: &str = "config.json";
+const TOKENIZER: &str = "tokenizer.json";
+
 /// What is read beside the weights, as far as a repository has it.
 const SMALL_FILES: &[&str] = &[
     "generation_config.json",
-    "tokenizer.json",
+    TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -167,7 +184,7 @@ impl Download<'_> {
         let repo = api.repo(self.repo(&info.sha));
         let mut fetch = |name: &str| self.fetch(&repo, &info.sha, name, progress);
 
-        ModelConfig::from_file(&fetch("config.json")?)?;
+        ModelConfig::from_file(&fetch(CONFIG)?)?;
         for name in SMALL_FILES.iter().filter(|name| has(name)) {
             fetch(name)?;
         }
@@ -221,22 +238,30 @@ impl Download<'_> {
         self.cache().repo(self.repo(commit)).pointer_path(commit)
     }
 
-    /// The snapshot of a commit, if all of it is there.
-    fn cached(&self, commit: &str) -> Option<PathBuf> {
+    /// The snapshot of a commit if all of it is there, or else the first file that is not. Other programs share the cache
+    /// and fetch what they need themselves, so weights alone do not tell.
+    fn cached(&self, commit: &str) -> Result<PathBuf, String> {
         let dir = self.snapshot(commit);
-        let complete = dir.join("config.json").exists()
-            && (dir.join(SINGLE).exists()
-                || shards(&dir.join(INDEX)).is_ok_and(|shards| shards.iter().all(|shard| dir.join(shard).exists())));
-        complete.then_some(dir)
+        let mut needed = vec![CONFIG.to_owned(), TOKENIZER.to_owned()];
+        match shards(&dir.join(INDEX)) {
+            Ok(shards) if !dir.join(SINGLE).exists() => needed.extend(shards),
+            _ => needed.push(SINGLE.to_owned()),
+        }
+        match needed.into_iter().find(|name| !dir.join(name).exists()) {
+            Some(missing) => Err(missing),
+            None => Ok(dir),
+        }
     }
 
-    /// The snapshot that the revision last stood for.
-    fn last_known(&self) -> Option<(PathBuf, String)> {
+    /// The commit that the revision last stood for, if there is anything of it.
+    fn last_known(&self) -> Option<String> {
         let name = self.repo(self.revision).folder_name();
         let reference = self.settings.cache.join(name).join("refs").join(self.revision);
-        let commit = std::fs::read_to_string(reference).ok()?.trim().to_owned();
-        is_commit(&commit).then_some(())?;
-        Some((self.cached(&commit)?, commit))
+        let commit = match std::fs::read_to_string(reference) {
+            Ok(commit) => commit.trim().to_owned(),
+            Err(_) => self.revision.to_owned(),
+        };
+        (is_commit(&commit) && self.snapshot(&commit).is_dir()).then_some(commit)
     }
 
     fn explain(&self, error: ApiError, what: &str) -> HubError {
@@ -323,6 +348,25 @@ mod tests {
         {
             assert!(!is_hub_id(path), "{path}");
         }
+    }
+
+    #[test]
+    fn the_cache_is_where_huggingface_hub_has_it_and_the_token_where_its_login_leaves_it() {
+        let home = tempfile::tempdir().unwrap();
+        std::fs::write(home.path().join("token"), "from-login").unwrap();
+        let of = |variables: &[(&str, &str)]| {
+            let home = ("HF_HOME", home.path().to_str().unwrap());
+            let variables = [&[home], variables].concat();
+            HubSettings::from_variables(|name| Some(variables.iter().rev().find(|v| v.0 == name)?.1.to_owned()))
+        };
+        let settings = of(&[]);
+        assert_eq!((settings.cache, settings.token.as_deref()), (home.path().join("hub"), Some("from-login")));
+        assert_eq!(settings.endpoint, "https://huggingface.co");
+        let settings = of(&[("HF_HUB_CACHE", "/elsewhere"), ("HF_ENDPOINT", "https://mirror/")]);
+        assert_eq!((settings.cache, settings.token.as_deref()), (PathBuf::from("/elsewhere"), Some("from-login")));
+        assert_eq!(settings.endpoint, "https://mirror");
+        let settings = of(&[("HF_HUB_CACHE", " "), ("HF_TOKEN", "given")]);
+        assert_eq!((settings.cache, settings.token.as_deref()), (home.path().join("hub"), Some("given")));
     }
 
     #[test]

@@ -86,6 +86,7 @@ impl Listener for TrainProgress {
                 let why = match reason {
                     StopReason::Interrupted => "interrupted",
                     StopReason::NotFinite => "the loss or its gradient is not finite",
+                    StopReason::Failed => "an error",
                 };
                 let holds = match self.saved {
                     Some(0) => "; the adapter is written as it was before the first step".to_owned(),
@@ -213,6 +214,7 @@ mod tests {
             trained_tokens: 100,
             tokens_per_second: 1024.4,
             step_seconds: 0.5,
+            started_seconds: Some(1.5),
             peak_memory_bytes: Some(3 << 30),
             log: true,
         };

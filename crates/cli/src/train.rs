@@ -18,7 +18,7 @@ use crate::{config, interrupt};
 /// Runs `emberlora train` and answers the exit code.
 pub(crate) fn run(args: &TrainArgs, terminal: &Terminal, out: &mut dyn Write) -> anyhow::Result<u8> {
     let config = config::load(&args.recipe)?;
-    let run = Run::prepare(&config, terminal)?;
+    let mut run = Run::prepare(&config, terminal)?;
     describe(&run, terminal);
 
     // Watched from here on: before, there is nothing to finish and Ctrl-C ends the process as usual.

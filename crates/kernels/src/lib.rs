@@ -9,9 +9,10 @@
 //! Weights of the base model are frozen: they get no gradient, no autodiff node, and no copy in another format. Passing
 //! a tracked weight is a programming error and panics.
 //!
-//! Deliberately absent: files, model families, optimizers, the recipe.
+//! Deliberately absent: files, model families, the state of an optimizer, the recipe.
 
 mod activation;
+mod adamw;
 mod attention;
 mod body;
 pub mod checkpoint;
@@ -26,6 +27,7 @@ mod rope;
 mod simd;
 
 pub use activation::{Gate, GluOps, glu, swiglu};
+pub use adamw::{AdamWOps, AdamWStep, adamw, sum_squares, undo_adamw};
 pub use attention::{AttentionKind, AttentionOps, AttentionOptions, attention};
 pub use cross_entropy::{CrossEntropyOps, linear_cross_entropy};
 pub use linear::{AdapterPath, Dropout, LinearOps, frozen_linear, lora_linear};
@@ -35,6 +37,7 @@ pub use rope::{RopeOps, rope};
 /// The default bodies, for comparing a backend's own body with them.
 pub mod reference {
     pub use crate::activation::generic as activation;
+    pub use crate::adamw::generic as adamw;
     pub use crate::attention::generic as attention;
     pub use crate::cross_entropy::generic as cross_entropy;
     pub use crate::linear::generic as linear;

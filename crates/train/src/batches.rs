@@ -1,9 +1,13 @@
 //! Where a run's batches come from.
 
+use std::sync::mpsc::SyncSender;
+
 use emberlora_data::{Batch, Dataset};
 
-/// Batches, epoch by epoch.
-pub trait Batches {
+use crate::TrainError;
+
+/// Batches, epoch by epoch. A run lays them out on a thread of their own.
+pub trait Batches: Sync {
     /// The micro-batches of an epoch, counted from 0, in the order in which they are trained.
     fn epoch(&self, epoch: u64) -> Box<dyn ExactSizeIterator<Item = Batch> + '_>;
 
@@ -36,5 +40,33 @@ impl Batches for Seeded<'_> {
 impl Batches for Vec<Batch> {
     fn epoch(&self, _: u64) -> Box<dyn ExactSizeIterator<Item = Batch> + '_> {
         Box::new(self.iter().cloned())
+    }
+}
+
+/// The micro-batches of one optimizer step.
+#[derive(Debug)]
+pub(crate) struct Group {
+    pub batches: Vec<Batch>,
+    /// Passes over the data, these batches included.
+    pub epochs: f64,
+}
+
+/// Sends the groups of all epochs in their order, until nobody takes them any more or an epoch has none.
+pub(crate) fn lay_out(train: &dyn Batches, grad_accumulation: usize, groups: &SyncSender<Result<Group, TrainError>>) {
+    for epoch in 0.. {
+        let mut batches = train.epoch(epoch);
+        let count = batches.len();
+        if count == 0 {
+            // Whoever is gone does not need to know.
+            let _ = groups.send(Err(TrainError::NoBatches { epoch }));
+            return;
+        }
+        while batches.len() > 0 {
+            let group: Vec<Batch> = batches.by_ref().take(grad_accumulation).collect();
+            let epochs = epoch as f64 + (count - batches.len()) as f64 / count as f64;
+            if groups.send(Ok(Group { batches: group, epochs })).is_err() {
+                return;
+            }
+        }
     }
 }

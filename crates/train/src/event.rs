@@ -36,7 +36,7 @@ pub enum Event {
         /// Where it lies.
         dir: PathBuf,
     },
-    /// The run was ended before it was done; the adapter has been written.
+    /// The run was ended before it was done; the adapter of the last step has been written, or the last good one.
     Stopped {
         /// The number of steps taken.
         step: usize,
@@ -54,6 +54,8 @@ pub enum StopReason {
     Interrupted,
     /// A loss or a gradient was not finite; the run returns the error right after this event.
     NotFinite,
+    /// Something else failed, such as a listener that could not write; the run returns the error right after this event.
+    Failed,
 }
 
 /// What is known before the first step.
@@ -90,6 +92,9 @@ pub struct StepMetrics {
     pub tokens_per_second: f64,
     /// Wall-clock time of the step.
     pub step_seconds: f64,
+    /// Seconds from the start of the process to the beginning of the step: for the first one, how long it took to get
+    /// going. `None` where the system does not tell.
+    pub started_seconds: Option<f64>,
     /// The process's largest resident set so far; `None` where the system does not tell.
     pub peak_memory_bytes: Option<u64>,
     /// Whether `log_every` asks for a line on the console. A progress bar may show every step, and a file keeps every
@@ -115,7 +120,8 @@ pub struct Summary {
     pub stopped: Option<StopReason>,
 }
 
-/// Receives a run's events. An error ends the run.
+/// Receives a run's events. An error ends the run, after the other listeners have been told and the adapter has been
+/// written.
 pub trait Listener {
     /// Takes note of `event`.
     fn event(&mut self, event: &Event) -> Result<(), TrainError>;

@@ -1,6 +1,6 @@
 //! What a run writes beside its adapter.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -16,6 +16,9 @@ const PROVENANCE: &str = "provenance.json";
 pub const ADAPTER: &str = "adapter";
 
 /// The files of a run: `config.yaml` and `provenance.json` once, `metrics.jsonl` as it goes on.
+///
+/// A directory holds a run once `metrics.jsonl` has a line, or while a process has it locked; the lock goes with the
+/// process. What a start leaves behind that ended before its first line is nobody's, and the next start takes it over.
 ///
 /// Every step has a line of metrics, which is on disk before the next step begins; what `log_every` thins out is what a
 /// person reads. Numbers are written with as many digits as it takes to read the same number back. A step without a
@@ -33,7 +36,9 @@ impl RunFiles {
     /// # Errors
     /// [`TrainError::OutputInUse`], [`TrainError::OutputUnusable`].
     pub fn check(output: &Path) -> Result<(), TrainError> {
-        if output.join(METRICS).exists() {
+        if let Ok(metrics) = File::open(output.join(METRICS))
+            && is_taken(&metrics, metrics.try_lock_shared())
+        {
             return Err(TrainError::OutputInUse { dir: output.to_owned() });
         }
         let unusable =
@@ -64,12 +69,11 @@ impl RunFiles {
         };
         fs::create_dir_all(output).map_err(io(output, "created"))?;
         let path = output.join(METRICS);
-        // `create_new` decides between two runs that start at the same time.
-        let metrics =
-            OpenOptions::new().append(true).create_new(true).open(&path).map_err(|source| match source.kind() {
-                io::ErrorKind::AlreadyExists => TrainError::OutputInUse { dir: output.to_owned() },
-                _ => io(&path, "created")(source),
-            })?;
+        let metrics = OpenOptions::new().append(true).create(true).open(&path).map_err(io(&path, "created"))?;
+        // The lock decides between two runs that start at the same time.
+        if is_taken(&metrics, metrics.try_lock()) {
+            return Err(TrainError::OutputInUse { dir: output.to_owned() });
+        }
         let mut provenance = serde_json::to_vec_pretty(provenance).map_err(|e| io(output, "written")(e.into()))?;
         provenance.push(b'\n');
         for (name, bytes) in [(CONFIG, config.as_bytes()), (PROVENANCE, &provenance)] {
@@ -123,6 +127,11 @@ struct EvalLine {
     seconds: f64,
 }
 
+/// Whether a metrics file belongs to a run. Where files cannot be locked, only its lines tell.
+fn is_taken(metrics: &File, locked: Result<(), TryLockError>) -> bool {
+    matches!(locked, Err(TryLockError::WouldBlock)) || metrics.metadata().is_ok_and(|metadata| metadata.len() > 0)
+}
+
 /// Writes beside the final name and renames, so that a reader sees all of the file or none.
 fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let dir = path.parent().unwrap_or(Path::new("."));
@@ -157,6 +166,7 @@ mod tests {
             trained_tokens: 4,
             tokens_per_second: 1e300 / 3.0,
             step_seconds: 1e-9,
+            started_seconds: None,
             peak_memory_bytes: Some(u64::MAX),
             log,
         })
@@ -201,6 +211,38 @@ mod tests {
         assert!(error.contains("already holds a run"), "{error}");
         assert_eq!(fs::read_to_string(dir.path().join(CONFIG)).unwrap(), "first");
         assert_eq!(lines(dir.path()).len(), 1);
+    }
+
+    #[test]
+    fn a_run_in_progress_is_left_alone_before_its_first_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let running = RunFiles::create(dir.path(), "first", &json!({})).unwrap();
+        assert!(matches!(RunFiles::check(dir.path()), Err(TrainError::OutputInUse { .. })));
+        let second = RunFiles::create(dir.path(), "second", &json!({}));
+        assert!(matches!(second, Err(TrainError::OutputInUse { .. })));
+        assert_eq!(fs::read_to_string(dir.path().join(CONFIG)).unwrap(), "first");
+        drop(running);
+    }
+
+    #[test]
+    fn a_start_that_ended_before_its_first_line_is_taken_over() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(RunFiles::create(dir.path(), "failed", &json!({})).unwrap());
+        RunFiles::check(dir.path()).unwrap();
+        let mut files = RunFiles::create(dir.path(), "second", &json!({})).unwrap();
+        files.event(&step(1, true)).unwrap();
+        assert_eq!(fs::read_to_string(dir.path().join(CONFIG)).unwrap(), "second");
+        assert_eq!(lines(dir.path()).len(), 1);
+    }
+
+    #[test]
+    fn a_directory_whose_files_cannot_be_written_can_be_used_once_they_can() {
+        let dir = tempfile::tempdir().unwrap();
+        // Nothing can be renamed over a directory with something in it.
+        fs::create_dir_all(dir.path().join(PROVENANCE).join("in the way")).unwrap();
+        assert!(matches!(RunFiles::create(dir.path(), "first", &json!({})), Err(TrainError::Io { .. })));
+        fs::remove_dir_all(dir.path().join(PROVENANCE)).unwrap();
+        RunFiles::create(dir.path(), "second", &json!({})).unwrap();
     }
 
     #[test]

@@ -1,8 +1,9 @@
-//! Gradients of a whole module: their norm, and clipping by it.
+//! Gradients of a whole module: their norm, and what clips it.
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
-use burn::tensor::{DType, Tensor};
+use burn::tensor::Tensor;
+use emberlora_kernels::sum_squares;
 
 /// The sum of squares of every gradient, one element per tensor, in f32 on the device: shape `[tensors]`.
 ///
@@ -14,17 +15,13 @@ pub(crate) fn squared_norms<M: Module>(module: &M, grads: &GradientsParams) -> O
     (!squares.parts.is_empty()).then(|| Tensor::cat(squares.parts, 0))
 }
 
-/// Multiplies every gradient by `factor`.
-pub(crate) fn scale<M: Module>(module: &M, grads: GradientsParams, factor: f64) -> GradientsParams {
-    let mut scaled = Scaled { from: grads, to: GradientsParams::new(), factor };
-    module.visit(&mut scaled);
-    scaled.to
-}
-
-/// What every gradient is multiplied by so that their global norm is at most `max`:
-/// `min(1, max / (norm + 1e-6))`, as PyTorch's `clip_grad_norm_` has it.
-pub(crate) fn clip_factor(norm: f64, max: f64) -> f64 {
-    (max / (norm + 1e-6)).min(1.0)
+/// What every gradient is multiplied by so that their global norm is at most `max`: `min(1, max / (norm + 1e-6))` where
+/// the norm is above it, as PyTorch's `clip_grad_norm_` has it, else 1.
+pub(crate) fn clip_factor(norm: f64, max: Option<f64>) -> f64 {
+    match max {
+        Some(max) if norm > max => (max / (norm + 1e-6)).min(1.0),
+        _ => 1.0,
+    }
 }
 
 /// How many numbers of `module` are trained.
@@ -42,21 +39,7 @@ struct Squares<'a> {
 impl ModuleVisitor for Squares<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         if let Some(grad) = self.grads.get::<D>(param.id) {
-            self.parts.push(grad.cast(DType::F32).square().sum());
-        }
-    }
-}
-
-struct Scaled {
-    from: GradientsParams,
-    to: GradientsParams,
-    factor: f64,
-}
-
-impl ModuleVisitor for Scaled {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if let Some(grad) = self.from.remove::<D>(param.id) {
-            self.to.register(param.id, grad.mul_scalar(self.factor));
+            self.parts.push(sum_squares(grad));
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What the process has needed so far.
+//! What the process has needed so far: memory and time.
 
 /// The largest resident set the process has had, in bytes: `VmHWM` of `/proc/self/status`.
 ///
@@ -7,10 +7,28 @@ pub fn peak_memory_bytes() -> Option<u64> {
     parse_high_water_mark(&std::fs::read_to_string("/proc/self/status").ok()?)
 }
 
+/// How long ago the process started, in seconds: what `/proc/uptime` says less the start time in `/proc/self/stat`, both
+/// in hundredths.
+///
+/// `None` where the system has no such files (anything but Linux).
+pub(crate) fn seconds_since_start() -> Option<f64> {
+    let read = |path| std::fs::read_to_string(path).ok();
+    let up: f64 = read("/proc/uptime")?.split_whitespace().next()?.parse().ok()?;
+    Some((up - parse_start(&read("/proc/self/stat")?)?).max(0.0))
+}
+
 fn parse_high_water_mark(status: &str) -> Option<u64> {
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     let kibibytes: u64 = line.split_whitespace().next()?.parse().ok()?;
     Some(kibibytes * 1024)
+}
+
+/// Field 22 of proc(5)'s stat, seconds from the boot.
+fn parse_start(stat: &str) -> Option<f64> {
+    // The second field is the program's name in parentheses and may hold anything. Linux shows times in hundredths of a
+    // second, whatever its own clock.
+    let (_, fields) = stat.rsplit_once(')')?;
+    Some(fields.split_whitespace().nth(19)?.parse::<f64>().ok()? / 100.0)
 }
 
 #[cfg(test)]
@@ -25,8 +43,16 @@ mod tests {
     }
 
     #[test]
+    fn the_start_is_found_behind_any_name() {
+        let stat = "17 (a) S) R 1 17 17 0 -1 4194304 1 0 0 0 1 2 0 0 20 0 1 0 123456 5 6";
+        assert_eq!(parse_start(stat), Some(1234.56));
+        assert_eq!(parse_start("17 (cat) R 1"), None);
+    }
+
+    #[test]
     #[cfg(target_os = "linux")]
-    fn linux_reports_one() {
+    fn linux_tells_both() {
         assert!(peak_memory_bytes().is_some_and(|bytes| bytes > 0));
+        assert!(seconds_since_start().is_some_and(|seconds| seconds < 3600.0));
     }
 }

@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use emberlora_config::{DataFormat, DataSource, RunConfig};
 use emberlora_data::{DataOptions, DataReport, Dataset, Format};
+use emberlora_lora::detach;
 use emberlora_model::hash_files;
 use emberlora_quant::FloatDtype;
 
@@ -117,15 +118,25 @@ impl Run {
 
     /// Trains, telling `listeners` and writing the files of the run into the recipe's `output`.
     ///
+    /// The run's own model is afterwards the one that training started from: the base, with adapters only where the recipe
+    /// took their values from elsewhere. Fresh ones compute nothing, and a copy of them would stay in memory throughout.
+    ///
     /// # Errors
     /// See [`Trainer::run`] and [`RunFiles::create`].
-    pub fn train(&self, listeners: &mut [&mut dyn Listener], interrupt: &AtomicBool) -> Result<Trained, TrainError> {
+    pub fn train(
+        &mut self,
+        listeners: &mut [&mut dyn Listener],
+        interrupt: &AtomicBool,
+    ) -> Result<Trained, TrainError> {
         let (output, seed) = (&self.config.output, self.config.seed);
-        let mut files = RunFiles::create(output, &self.provenance.annotate(&self.config.to_yaml()), &self.provenance)?;
+        let model = self.model.model.clone();
+        if self.adapter.loaded_from.is_none() {
+            detach(&mut self.model.model);
+        }
         let train = Seeded::new(&self.train, seed);
         let eval = self.eval.as_ref().map(|dataset| Seeded::new(dataset, seed));
         let trainer = Trainer::new(
-            self.model.model.clone(),
+            model,
             &train,
             eval.as_ref().map(|eval| eval as &dyn Batches),
             TrainOptions::new(&self.config.train, seed),
@@ -136,6 +147,8 @@ impl Run {
                 output.join(ADAPTER),
             )),
         )?;
+        // When nothing but training can fail any more, so that a failed start does not take the directory.
+        let mut files = RunFiles::create(output, &self.provenance.annotate(&self.config.to_yaml()), &self.provenance)?;
         let mut all: Vec<&mut dyn Listener> = vec![&mut files];
         for listener in listeners {
             all.push(&mut **listener);

@@ -2,39 +2,28 @@
 
 use std::time::Instant;
 
-use burn::optim::{AdamWConfig, GradientsAccumulator, GradientsParams, ModuleOptimizer};
+use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{DType, Tensor};
 use emberlora_data::{Batch, Target};
 use emberlora_lora::Pass;
 use emberlora_model::CausalLm;
 
 use crate::gradients;
+use crate::optimizer::{AdamW, Optimizer};
 use crate::{LrSchedule, Quantity, Rows, TrainError};
-
-/// The constants of AdamW (Loshchilov & Hutter 2017) as PyTorch defines them: the decay `lr · weight_decay · p` is
-/// decoupled from the moments, and `eps` is added to the bias-corrected root.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AdamW {
-    /// Decay of the first and second moment.
-    pub betas: [f64; 2],
-    /// Added to the denominator.
-    pub eps: f64,
-    /// Decoupled weight decay.
-    pub weight_decay: f64,
-}
 
 /// A model under training: its parameters, the optimizer's moments and the place in the schedule.
 ///
 /// This is the lower level of the library: [`TrainState::step`] takes exactly the batches it is given.
 pub struct TrainState {
     model: CausalLm,
-    /// The model that last gave a finite loss and gradient, and its steps. Shares every tensor that did not change.
-    last_good: (CausalLm, usize),
-    optimizer: ModuleOptimizer,
+    optimizer: Optimizer,
     schedule: LrSchedule,
     max_grad_norm: Option<f64>,
     seed: u64,
     steps: usize,
+    /// The steps before the last update.
+    good_steps: usize,
 }
 
 /// Loss and gradient of one optimizer step, still on the device.
@@ -78,14 +67,7 @@ impl TrainState {
         if gradients::trainable_parameters(&model) == 0 {
             return Err(TrainError::NothingToTrain);
         }
-        let AdamW { betas, eps, weight_decay } = optimizer;
-        let optimizer = AdamWConfig::new()
-            .with_beta_1(betas[0] as f32)
-            .with_beta_2(betas[1] as f32)
-            .with_epsilon(eps as f32)
-            .with_weight_decay(weight_decay as f32)
-            .init();
-        Ok(Self { last_good: (model.clone(), 0), model, optimizer, schedule, max_grad_norm, seed, steps: 0 })
+        Ok(Self { model, optimizer: Optimizer::new(optimizer), schedule, max_grad_norm, seed, steps: 0, good_steps: 0 })
     }
 
     /// The model as it is now.
@@ -95,8 +77,13 @@ impl TrainState {
 
     /// Goes back to the model whose loss and gradient were last finite: after [`TrainError::NotFinite`], the one that the
     /// step before began with. The optimizer's moments stay, so this is where training ends.
+    ///
+    /// No second copy of the adapters is kept for this: the last update is undone by computing, which brings a parameter
+    /// back to about 10⁻⁷ of the larger of itself and 1. Only an update that could have gone too far for that, with a
+    /// learning rate above about 0.1, keeps a copy, and brings back the parameters as they were.
     pub fn restore_last_good(&mut self) {
-        (self.model, self.steps) = self.last_good.clone();
+        self.optimizer.undo(&mut self.model);
+        self.steps = self.good_steps;
     }
 
     /// Ends training and hands the model back.
@@ -120,18 +107,14 @@ impl TrainState {
     pub fn step(&mut self, micro_batches: &[Batch]) -> Result<Option<StepOutcome>, TrainError> {
         let start = Instant::now();
         let lr = self.schedule.lr(self.steps);
-        let Some(StepGradients { losses, mut grads }) = self.gradients(micro_batches)? else {
+        let Some(StepGradients { losses, grads }) = self.gradients(micro_batches)? else {
             self.steps += 1;
             return Ok(None);
         };
         let (loss, grad_norm) = self.read(losses, &grads, micro_batches)?;
-        self.last_good = (self.model.clone(), self.steps);
-        if let Some(max) = self.max_grad_norm
-            && grad_norm > max
-        {
-            grads = gradients::scale(&self.model, grads, gradients::clip_factor(grad_norm, max));
-        }
-        self.model = self.optimizer.step(lr, self.model.clone(), grads);
+        let factor = gradients::clip_factor(grad_norm, self.max_grad_norm);
+        self.optimizer.update(&mut self.model, grads, lr, factor);
+        self.good_steps = self.steps;
         self.steps += 1;
         Ok(Some(StepOutcome {
             loss,

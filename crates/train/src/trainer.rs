@@ -2,13 +2,16 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread;
 use std::time::Instant;
 
-use emberlora_data::Batch;
 use emberlora_lora::{LoraOptions, peft};
 use emberlora_model::CausalLm;
 
+use crate::batches::{Group, lay_out};
 use crate::evaluate::evaluate_until;
+use crate::process::seconds_since_start;
 use crate::state::{StepOutcome, rows};
 use crate::{
     Batches, Evaluation, Event, Length, Listener, RunStarted, StepMetrics, StopReason, Summary, TrainError,
@@ -108,11 +111,21 @@ impl<'a> Trainer<'a> {
     /// one and every `eval_every` steps between.
     ///
     /// # Errors
-    /// [`TrainError::NotFinite`] and [`TrainError::EvaluationNotFinite`], after the last good adapter was written;
-    /// whatever a listener reports; the others.
+    /// [`TrainError::NotFinite`] and [`TrainError::EvaluationNotFinite`], after the last good adapter was written; whatever
+    /// a listener reports and the others, after the adapter of the last step was written.
+    ///
+    /// # Panics
+    /// When the batches do.
     pub fn run(mut self, listeners: &mut [&mut dyn Listener], interrupt: &AtomicBool) -> Result<Trained, TrainError> {
-        let mut run =
-            Running { listeners, interrupt, start: Instant::now(), tokens: 0, eval: [None, None], saved: None };
+        let mut run = Running {
+            listeners,
+            interrupt,
+            start: Instant::now(),
+            process_age: seconds_since_start(),
+            tokens: 0,
+            eval: [None, None],
+            saved: None,
+        };
         match self.train_to_the_end(&mut run) {
             Ok(summary) => Ok(Trained { model: self.state.into_model(), summary }),
             Err(error) => Err(self.broken(&mut run, error)),
@@ -122,36 +135,42 @@ impl<'a> Trainer<'a> {
     fn train_to_the_end(&mut self, run: &mut Running<'_, '_>) -> Result<Summary, TrainError> {
         run.tell(Event::RunStarted(self.plan.clone()))?;
         self.evaluate(run, 0.0)?;
-        let mut epoch = 0;
+        let (train, grad_accumulation) = (self.train, self.options.grad_accumulation);
+        thread::scope(|scope| {
+            // While one group is trained, the next waits and the one behind it is being laid out.
+            let (sender, groups) = sync_channel(1);
+            scope.spawn(move || lay_out(train, grad_accumulation, &sender));
+            self.steps(run, groups)
+        })
+    }
+
+    /// Takes the receiver over: the thread that lays out batches ends when it is gone.
+    fn steps(
+        &mut self,
+        run: &mut Running<'_, '_>,
+        groups: Receiver<Result<Group, TrainError>>,
+    ) -> Result<Summary, TrainError> {
         loop {
-            let mut batches = self.train.epoch(epoch);
-            let count = batches.len();
-            if count == 0 {
-                return Err(TrainError::NoBatches { epoch });
+            if run.interrupted() {
+                return self.stop(run);
             }
-            while batches.len() > 0 {
-                if run.interrupted() {
-                    return self.stop(run);
-                }
-                let group: Vec<Batch> = batches.by_ref().take(self.options.grad_accumulation).collect();
-                let epochs = epoch as f64 + (count - batches.len()) as f64 / count as f64;
-                match self.state.step(&group)? {
-                    Some(outcome) => run.step(self.metrics(outcome, epochs))?,
-                    None => run.tell(Event::Skipped { step: self.state.steps(), rows: rows(&group).0 })?,
-                }
-                let finished = self.finished();
-                if finished || self.due(self.options.save_every) {
-                    self.save(run)?;
-                }
-                if finished || self.due(self.options.eval_every) {
-                    self.evaluate(run, epochs)?;
-                }
-                if finished {
-                    // Interrupted this late, all steps are taken, but perhaps not the last evaluation.
-                    return if run.interrupted() { self.stop(run) } else { self.finish(run) };
-                }
+            let started = run.process_age.map(|age| age + run.start.elapsed().as_secs_f64());
+            let Group { batches, epochs } = groups.recv().expect("the thread that lays out batches panicked")?;
+            match self.state.step(&batches)? {
+                Some(outcome) => run.step(self.metrics(outcome, epochs, started))?,
+                None => run.tell(Event::Skipped { step: self.state.steps(), rows: rows(&batches).0 })?,
             }
-            epoch += 1;
+            let finished = self.finished();
+            if finished || self.due(self.options.save_every) {
+                self.save(run)?;
+            }
+            if finished || self.due(self.options.eval_every) {
+                self.evaluate(run, epochs)?;
+            }
+            if finished {
+                // Interrupted this late, all steps are taken, but perhaps not the last evaluation.
+                return if run.interrupted() { self.stop(run) } else { self.finish(run) };
+            }
         }
     }
 
@@ -170,15 +189,27 @@ impl<'a> Trainer<'a> {
         Ok(run.summary(step, Some(reason)))
     }
 
-    /// Writes the last good adapter where numbers went wrong, and answers why the run ends.
+    /// Writes the adapter, as far as it is good and not written yet, and answers why the run ends.
     fn broken(&mut self, run: &mut Running<'_, '_>, error: TrainError) -> TrainError {
-        if !matches!(error, TrainError::NotFinite { .. } | TrainError::EvaluationNotFinite { .. }) {
-            return error;
+        let step = self.state.steps();
+        if matches!(error, TrainError::NotFinite { .. } | TrainError::EvaluationNotFinite { .. }) {
+            self.state.restore_last_good();
+            let stopped = Event::Stopped { step, reason: StopReason::NotFinite };
+            // Where the adapter cannot be written either, that is the more pressing news.
+            return self.save(run).and_then(|()| run.tell(stopped)).err().unwrap_or(error);
         }
-        let stopped = Event::Stopped { step: self.state.steps(), reason: StopReason::NotFinite };
-        self.state.restore_last_good();
-        // Where the adapter cannot be written either, that is the more pressing news.
-        self.save(run).and_then(|()| run.tell(stopped)).err().unwrap_or(error)
+        let unwritable = matches!(error, TrainError::Save { .. });
+        if step > 0
+            && run.saved != Some(step)
+            && !unwritable
+            && let Err(second) = self.save(run)
+            && run.saved != Some(step)
+        {
+            tracing::warn!("{second}, so the adapter after step {step} is lost");
+        }
+        // A listener that fails once may fail again; the first error is the one to report.
+        let _ = run.tell(Event::Stopped { step, reason: StopReason::Failed });
+        error
     }
 
     fn finished(&self) -> bool {
@@ -189,7 +220,7 @@ impl<'a> Trainer<'a> {
         every.is_some_and(|every| self.state.steps().is_multiple_of(every))
     }
 
-    fn metrics(&self, outcome: StepOutcome, epoch: f64) -> StepMetrics {
+    fn metrics(&self, outcome: StepOutcome, epoch: f64, started_seconds: Option<f64>) -> StepMetrics {
         let StepOutcome { loss, lr, grad_norm, tokens, trained_tokens, seconds } = outcome;
         let step = self.state.steps();
         StepMetrics {
@@ -202,6 +233,7 @@ impl<'a> Trainer<'a> {
             trained_tokens,
             tokens_per_second: tokens as f64 / seconds,
             step_seconds: seconds,
+            started_seconds,
             peak_memory_bytes: peak_memory_bytes(),
             log: step == 1 || self.finished() || self.due(Some(self.options.log_every)),
         }
@@ -228,6 +260,8 @@ struct Running<'r, 'l> {
     listeners: &'r mut [&'l mut dyn Listener],
     interrupt: &'r AtomicBool,
     start: Instant,
+    /// How old the process was at `start`, in seconds.
+    process_age: Option<f64>,
     tokens: usize,
     /// The first and the last evaluation.
     eval: [Option<Evaluation>; 2],
@@ -236,8 +270,13 @@ struct Running<'r, 'l> {
 }
 
 impl Running<'_, '_> {
+    /// Every listener is told, also behind one that fails; the first failure is the answer.
     fn tell(&mut self, event: Event) -> Result<(), TrainError> {
-        self.listeners.iter_mut().try_for_each(|listener| listener.event(&event))
+        let mut result = Ok(());
+        for listener in self.listeners.iter_mut() {
+            result = result.and(listener.event(&event));
+        }
+        result
     }
 
     fn step(&mut self, metrics: StepMetrics) -> Result<(), TrainError> {

@@ -10,7 +10,9 @@ use common::{factors, shorthand, tiny_model};
 use emberlora_config::{DataFormat, DeviceChoice, Dtype, RunConfig};
 use emberlora_data::DataOptions;
 use emberlora_lora::peft;
-use emberlora_train::{AdapterChoice, Base, Event, LoadedModel, PrepareError, Run, TrainError, Trained, evaluate};
+use emberlora_train::{
+    AdapterChoice, Base, Event, Listener, LoadedModel, PrepareError, Run, TrainError, Trained, evaluate,
+};
 use serde_json::{Value, json};
 
 /// A directory with the tiny model, a tokenizer of the words t0 to t95, and rows of such words.
@@ -63,7 +65,7 @@ impl Site {
 }
 
 fn train(config: &RunConfig) -> (Vec<Event>, Trained) {
-    let run = Run::prepare(config, &()).unwrap();
+    let mut run = Run::prepare(config, &()).unwrap();
     let mut events = Vec::new();
     let mut listener = |event: &Event| events.push(event.clone());
     let trained = run.train(&mut [&mut listener], &AtomicBool::new(false)).unwrap();
@@ -168,6 +170,37 @@ fn patterns_that_are_no_regular_expressions_are_refused_before_anything_is_loade
 }
 
 #[test]
+fn training_in_half_precision_is_refused_before_anything_is_loaded() {
+    let site = Site::new();
+    fs::remove_dir_all(site.path("model")).unwrap();
+    let error = prepare_error(&site.config(&["model.compute_dtype=f16"]));
+    assert!(matches!(error, PrepareError::HalfTraining) && error.is_wrong_input(), "{error}");
+}
+
+#[test]
+fn a_start_that_fails_leaves_the_output_free_for_the_next() {
+    let site = Site::new();
+    let config = site.config(&["data.eval=null", "train.max_steps=1"]);
+    let weights = site.path("model/model.safetensors");
+    let bytes = fs::read(&weights).unwrap();
+    fs::write(&weights, &bytes[..100]).unwrap();
+    assert!(matches!(prepare_error(&config), PrepareError::Load(_)));
+    fs::write(&weights, bytes).unwrap();
+
+    // The files of the run are written, and then it fails before its first step.
+    struct Full;
+    impl Listener for Full {
+        fn event(&mut self, _: &Event) -> Result<(), TrainError> {
+            Err(TrainError::Device { message: "full".to_owned() })
+        }
+    }
+    let mut run = Run::prepare(&config, &()).unwrap();
+    run.train(&mut [&mut Full], &AtomicBool::new(false)).unwrap_err();
+    assert!(!config.output.join("adapter").exists());
+    train(&config);
+}
+
+#[test]
 fn a_revision_of_a_local_directory_is_refused() {
     let site = Site::new();
     let error = prepare_error(&site.config(&["model.revision=v2"]));
@@ -217,7 +250,7 @@ fn training_goes_on_from_a_saved_adapter() {
     let from = format!("adapter.init_from={}", first.output.join("adapter").display());
     let output = format!("output={}", site.path("second").display());
     let second = site.config(&[&from, &output]);
-    let run = Run::prepare(&second, &()).unwrap();
+    let mut run = Run::prepare(&second, &()).unwrap();
     assert_eq!(factors(&run.model.model), factors(&trained.model));
     assert_eq!(run.provenance.init_from.as_ref().unwrap().files.len(), 2);
     let trained_on = run.train(&mut [], &AtomicBool::new(false)).unwrap();

@@ -2,18 +2,17 @@
 
 mod common;
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::collections::HashSet;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::ThreadId;
 
-use common::{batch, document, factors, lora, model, options, shorthand};
+use common::{batch, document, factors, lora, model, options, rows, shorthand};
 use emberlora_data::Batch;
 use emberlora_lora::peft;
 use emberlora_train::{
-    AdapterWriter, Batches, Event, Length, Quantity, TrainError, TrainOptions, TrainState, Trained, Trainer, evaluate,
+    AdapterWriter, Batches, Event, Length, Listener, Quantity, TrainError, TrainOptions, Trained, Trainer, evaluate,
 };
-
-fn rows(lines: std::ops::Range<usize>) -> Vec<Batch> {
-    lines.map(|line| batch(line, 12, 4)).collect()
-}
 
 struct Ran {
     events: Vec<Event>,
@@ -192,73 +191,11 @@ fn a_step_without_a_trained_token_is_skipped_and_counts() {
 }
 
 #[test]
-fn a_micro_batch_without_a_trained_token_changes_nothing() {
-    let with = |batches: &[Batch]| {
-        let schedule = options(1).schedule(1);
-        let mut state = TrainState::new(model(0.0), options(1).optimizer, schedule, None, 1).unwrap();
-        let outcome = state.step(batches).unwrap().unwrap();
-        (outcome.loss, outcome.grad_norm, factors(state.model()))
-    };
-    assert_eq!(with(&[batch(1, 12, 4), batch(2, 9, 9)]), with(&[batch(1, 12, 4)]));
-}
-
-#[test]
 fn the_same_seed_gives_the_same_run_with_dropout() {
     let dropped = |seed| run_with(0.2, rows(0..4), None, TrainOptions { seed, ..options(4) }, |_, _| ()).losses();
     assert_eq!(dropped(3), dropped(3));
     assert_ne!(dropped(3), dropped(4));
     assert_ne!(dropped(3), run(rows(0..4), None, options(4)).losses());
-}
-
-#[test]
-fn a_look_at_the_gradient_changes_no_dropout_mask() {
-    let losses = |looks: usize| {
-        let schedule = options(3).schedule(3);
-        let mut state = TrainState::new(model(0.2), options(3).optimizer, schedule, None, 3).unwrap();
-        let step = |_| {
-            for _ in 0..looks {
-                state.gradients(&rows(0..2)).unwrap();
-            }
-            state.step(&rows(0..2)).unwrap().unwrap().loss
-        };
-        (0..3).map(step).collect::<Vec<f64>>()
-    };
-    assert_eq!(losses(0), losses(2));
-}
-
-#[test]
-fn micro_batches_of_a_step_and_steps_have_masks_of_their_own() {
-    let mut state = TrainState::new(model(0.5), options(3).optimizer, options(3).schedule(3), None, 3).unwrap();
-    // B starts at zero, where no mask can be seen.
-    state.step(&rows(0..1)).unwrap();
-    let losses = |state: &TrainState| -> Vec<f32> {
-        let same = [batch(1, 12, 4), batch(1, 12, 4)];
-        state.gradients(&same).unwrap().unwrap().losses.into_data().try_to_vec().unwrap()
-    };
-    let first = losses(&state);
-    // A step that trains nothing moves on and leaves the parameters, so the masks alone tell the losses apart.
-    assert!(state.step(&[batch(2, 9, 9)]).unwrap().is_none());
-    let second = losses(&state);
-    let mut all = [first, second].concat();
-    all.sort_by(f32::total_cmp);
-    all.dedup();
-    assert_eq!(all.len(), 4, "{all:?}");
-}
-
-#[test]
-fn clipping_bounds_the_update_and_logs_the_norm_before_it() {
-    let step = |max_grad_norm| {
-        let optimizer = emberlora_train::AdamW { betas: [0.0, 0.0], eps: 1.0, weight_decay: 0.0 };
-        let mut state = TrainState::new(model(0.0), optimizer, options(1).schedule(1), max_grad_norm, 1).unwrap();
-        let outcome = state.step(&rows(0..1)).unwrap().unwrap();
-        let (before, after) = (factors(&model(0.0)), factors(state.model()));
-        let moved = before.iter().flatten().zip(after.iter().flatten()).map(|(a, b)| f64::from((a - b).abs()));
-        (outcome.grad_norm, moved.fold(0.0, f64::max))
-    };
-    let (norm, moved) = step(None);
-    let (same_norm, less) = step(Some(norm / 1e3));
-    assert_eq!(norm, same_norm);
-    assert!(less < moved / 100.0, "{less} {moved}");
 }
 
 #[test]
@@ -283,36 +220,99 @@ fn nothing_to_train_on_or_to_evaluate_is_an_error() {
     assert!(matches!(evaluate(&model(0.0), [batch(1, 5, 5)]), Err(TrainError::NothingToEvaluate)));
 }
 
-#[test]
-fn a_model_without_adapters_cannot_be_trained() {
-    let mut bare = model(0.0);
-    emberlora_lora::detach(&mut bare);
-    let error = TrainState::new(bare, options(1).optimizer, options(1).schedule(1), None, 1).map(|_| ()).unwrap_err();
-    assert!(matches!(error, TrainError::NothingToTrain), "{error}");
-}
+/// Fails at the event with this shorthand.
+struct FailsAt(&'static str);
 
-#[test]
-fn a_token_outside_the_vocabulary_is_an_error_that_names_the_row() {
-    let mut wrong = batch(8, 12, 4);
-    wrong.ids[3] = common::VOCABULARY;
-    let mut state = TrainState::new(model(0.0), options(1).optimizer, options(1).schedule(1), None, 1).unwrap();
-    let error = state.step(&[wrong]).unwrap_err().to_string();
-    assert!(error.contains("rows.jsonl:8") && error.contains("96"), "{error}");
-}
-
-#[test]
-fn an_error_of_a_listener_ends_the_run() {
-    struct Full;
-    impl emberlora_train::Listener for Full {
-        fn event(&mut self, event: &Event) -> Result<(), TrainError> {
-            match event {
-                Event::Step(_) => Err(TrainError::OutputInUse { dir: "here".into() }),
-                _ => Ok(()),
-            }
+impl Listener for FailsAt {
+    fn event(&mut self, event: &Event) -> Result<(), TrainError> {
+        match shorthand(event) == self.0 {
+            true => Err(TrainError::OutputInUse { dir: "here".into() }),
+            false => Ok(()),
         }
     }
-    let train = rows(0..2);
-    let trainer = Trainer::new(model(0.0), &train, None, options(5), None).unwrap();
-    let error = trainer.run(&mut [&mut Full], &AtomicBool::new(false)).unwrap_err();
-    assert!(matches!(error, TrainError::OutputInUse { .. }), "{error}");
+}
+
+#[test]
+fn an_error_of_a_listener_ends_the_run_and_loses_no_step() {
+    let check = |fails_at, save_every, expected: &str, written: bool| {
+        let (dir, train) = (tempfile::tempdir().unwrap(), rows(0..2));
+        let writer = AdapterWriter::new(lora(0.0), "base".to_owned(), None, dir.path().join("adapter"));
+        let options = TrainOptions { save_every, ..options(5) };
+        let trainer = Trainer::new(model(0.0), &train, None, options, Some(writer)).unwrap();
+        let mut order = Vec::new();
+        let mut watch = |event: &Event| order.push(shorthand(event));
+        let error = trainer.run(&mut [&mut FailsAt(fails_at), &mut watch], &AtomicBool::new(false)).unwrap_err();
+        assert!(matches!(error, TrainError::OutputInUse { .. }), "{error}");
+        assert_eq!(order.join(" "), expected);
+        let saved = peft::load(&dir.path().join("adapter"));
+        assert_eq!(saved.is_ok(), written);
+        saved.map_or(Vec::new(), |saved| saved.tensors.into_values().map(|tensor| tensor.values).collect())
+    };
+    let after_two = check("step/2", None, "start/5 step/1 step/2 save/2 stop/2/Failed", true);
+    // Written already, or nothing to write.
+    let saved = check("step/2", Some(1), "start/5 step/1 save/1 step/2 save/2 stop/2/Failed", true);
+    assert_eq!(after_two, saved);
+    check("save/2", Some(2), "start/5 step/1 step/2 save/2 stop/2/Failed", true);
+    check("start/5", None, "start/5 stop/0/Failed", false);
+}
+
+#[test]
+fn an_adapter_that_cannot_be_written_is_not_tried_twice() {
+    let (dir, train) = (tempfile::tempdir().unwrap(), rows(0..2));
+    let taken = dir.path().join("taken");
+    std::fs::write(&taken, "").unwrap();
+    let writer = AdapterWriter::new(lora(0.0), "base".to_owned(), None, taken);
+    let trainer = Trainer::new(model(0.0), &train, None, options(1), Some(writer)).unwrap();
+    let mut order = Vec::new();
+    let error = trainer.run(&mut [&mut |event: &Event| order.push(shorthand(event))], &AtomicBool::new(false));
+    assert!(matches!(error, Err(TrainError::Save { .. })));
+    assert_eq!(order, ["start/1", "step/1", "stop/1/Failed"]);
+}
+
+/// Counts what is asked of it.
+struct Counted {
+    batches: Vec<Batch>,
+    laid_out: AtomicUsize,
+    threads: Mutex<HashSet<ThreadId>>,
+    panics_at: usize,
+}
+
+impl Counted {
+    fn new(lines: std::ops::Range<usize>, panics_at: usize) -> Self {
+        Self { batches: rows(lines), laid_out: AtomicUsize::new(0), threads: Mutex::default(), panics_at }
+    }
+}
+
+impl Batches for Counted {
+    fn epoch(&self, _: u64) -> Box<dyn ExactSizeIterator<Item = Batch> + '_> {
+        Box::new(self.batches.iter().map(|batch| {
+            let count = self.laid_out.fetch_add(1, Ordering::SeqCst);
+            assert!(count < self.panics_at, "the data ended");
+            self.threads.lock().unwrap().insert(std::thread::current().id());
+            batch.clone()
+        }))
+    }
+}
+
+#[test]
+fn batches_are_laid_out_on_another_thread_two_steps_ahead_at_most() {
+    let train = Counted::new(0..5, usize::MAX);
+    let trainer = Trainer::new(model(0.0), &train, None, options(7), None).unwrap();
+    let mut watch = |event: &Event| {
+        if let Event::Step(step) = event {
+            let ahead = train.laid_out.load(Ordering::SeqCst) - step.step;
+            assert!(ahead <= 2, "{ahead} ahead after step {}", step.step);
+        }
+    };
+    trainer.run(&mut [&mut watch], &AtomicBool::new(false)).unwrap();
+    let threads = train.threads.into_inner().unwrap();
+    assert!(threads.len() == 1 && !threads.contains(&std::thread::current().id()));
+}
+
+#[test]
+#[should_panic(expected = "lays out batches")]
+fn a_panic_of_the_batches_is_one_of_the_run() {
+    let train = Counted::new(0..5, 3);
+    let trainer = Trainer::new(model(0.0), &train, None, options(7), None).unwrap();
+    let _ = trainer.run(&mut [], &AtomicBool::new(false));
 }

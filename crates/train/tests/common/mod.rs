@@ -48,6 +48,11 @@ pub fn batch(line: usize, length: usize, from: usize) -> Batch {
     Batch::new(&[vec![&document]], 0)
 }
 
+/// A batch for each line.
+pub fn rows(lines: std::ops::Range<usize>) -> Vec<Batch> {
+    lines.map(|line| batch(line, 12, 4)).collect()
+}
+
 pub fn options(steps: usize) -> TrainOptions {
     TrainOptions {
         length: Length::Steps(steps),

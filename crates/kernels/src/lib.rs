@@ -19,6 +19,8 @@ pub mod checkpoint;
 mod cross_entropy;
 #[cfg(feature = "flex")]
 mod flex;
+#[cfg(feature = "flex")]
+mod gemm;
 mod linear;
 mod norm;
 pub mod rng;
@@ -29,8 +31,11 @@ mod simd;
 pub use activation::{Gate, GluOps, glu, swiglu};
 pub use adamw::{AdamWOps, AdamWStep, adamw, sum_squares, undo_adamw};
 pub use attention::{AttentionKind, AttentionOps, AttentionOptions, attention};
-pub use cross_entropy::{CrossEntropyOps, linear_cross_entropy};
-pub use linear::{AdapterPath, Dropout, LinearOps, frozen_linear, lora_linear};
+pub use cross_entropy::{CrossEntropyBodies, CrossEntropyOps, linear_cross_entropy};
+pub use linear::{
+    AdapterPath, Dropout, Group, Input, LinearBodies, LinearGrads, LinearOps, LowRank, Optional, Projected, Projection,
+    ProjectionAdapter, Prologue, Weight, frozen_linear, lora_linear, project,
+};
 pub use norm::{NormOps, rms_norm};
 pub use rope::{RopeOps, rope};
 

@@ -35,6 +35,21 @@ vectorised! {
     }
 }
 
+/// The gradient of gate and up, side by side as they are themselves.
+pub(crate) fn side_by_side_backward(grad: &[f32], gate_up: &Rows) -> Vec<f32> {
+    let width = gate_up.width() / 2;
+    let mut out = vec![0f32; gate_up.len()];
+    out.par_chunks_mut(2 * width)
+        .zip(gate_up.par_iter())
+        .zip(grad.par_chunks(width))
+        .with_min_len(gate_up.rows_per_task())
+        .for_each(|((out, gate_up), grad)| {
+            let ((gate, up), (dgate, dup)) = (gate_up.split_at(width), out.split_at_mut(width));
+            swiglu_backward(grad, gate, up, dgate, dup);
+        });
+    out
+}
+
 impl GluOps for Flex {
     fn glu(gate: FlexTensor, up: FlexTensor, kind: Gate) -> FlexTensor {
         if kind != Gate::Silu || gate.dtype() != DType::F32 || up.dtype() != DType::F32 {

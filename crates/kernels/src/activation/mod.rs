@@ -3,7 +3,7 @@
 //! Only gate and up are saved; the activation and its derivative are computed again in the backward pass.
 
 #[cfg(feature = "flex")]
-mod flex;
+pub(crate) mod flex;
 pub mod generic;
 
 use burn::backend::autodiff::NodeId;

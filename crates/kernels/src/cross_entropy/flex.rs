@@ -1,61 +1,101 @@
-//! The CPU body: a row of logits becomes its own gradient while it is in cache.
+//! The CPU body: the gradient of a row of logits is made while it is packed for the product with the head, and is never
+//! stored.
 
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::tensor::DType;
 use rayon::prelude::*;
 
-use super::{CrossEntropyOps, generic};
+use super::{CrossEntropyBodies, generic};
 use crate::flex::{Rows, f32_tensor, integers};
+use crate::gemm::{self, Job, Lanes, Left, Matrix, Operand, Source, Start, Stored, Term};
 use crate::simd::{exp, lane_max, lane_sum, vectorised};
 
+/// Columns of the logits' gradient that are packed at one time.
+const PACKED_COLUMNS: usize = 6144;
+
 vectorised! {
-    /// −log softmax(row)[target], and weight · softmax(row) into `out` where there is one.
-    fn row(logits: &[f32], target: usize, weight: f32, out: &mut [f32]) -> f32 {
+    /// log Σ exp.
+    fn log_sum_exp(logits: &[f32]) -> f32 {
         let max = lane_max(logits);
-        if out.is_empty() {
-            let sum = lane_sum(logits.len(), |i| exp(logits[i] - max));
-            return sum.ln() - (logits[target] - max);
-        }
-        let out = &mut out[..logits.len()];
-        for i in 0..logits.len() {
-            out[i] = exp(logits[i] - max);
-        }
-        let sum = lane_sum(out.len(), |i| out[i]);
-        let factor = weight / sum;
-        for value in out.iter_mut() {
-            *value *= factor;
-        }
-        out[target] -= weight;
-        sum.ln() - (logits[target] - max)
+        max + lane_sum(logits.len(), |i| exp(logits[i] - max)).ln()
     }
 }
 
-impl CrossEntropyOps for Flex {
-    fn weighted_nll(
-        logits: FlexTensor,
+vectorised! {
+    /// weight · softmax, of a part of a row.
+    fn weighted_softmax(logits: &[f32], log_sum: f32, weight: f32, out: &mut [f32]) {
+        let logits = &logits[..out.len()];
+        for i in 0..out.len() {
+            out[i] = weight * exp(logits[i] - log_sum);
+        }
+    }
+}
+
+/// weight · (softmax(logits) − onehot(target)), made while it is read.
+struct LogitsGradient<'a> {
+    logits: Matrix<'a>,
+    log_sums: &'a [f32],
+    targets: &'a [usize],
+    weights: &'a [f32],
+    /// The column of the logits that is column 0 here.
+    first: usize,
+}
+
+impl Source for LogitsGradient<'_> {
+    fn read(&self, row: usize, first: usize, out: &mut [f32]) {
+        let first = self.first + first;
+        weighted_softmax(self.logits.row(row, first, out.len()), self.log_sums[row], self.weights[row], out);
+        if let Some(target) = self.targets[row].checked_sub(first).and_then(|at| out.get_mut(at)) {
+            *target -= self.weights[row];
+        }
+    }
+}
+
+impl CrossEntropyBodies for Flex {
+    fn head_loss(
+        hidden: FlexTensor,
+        w: FlexTensor,
         targets: FlexTensor,
         weights: FlexTensor,
         with_grad: bool,
+        chunk: usize,
     ) -> (FlexTensor, Option<FlexTensor>) {
-        if logits.dtype() != DType::F32 || weights.dtype() != DType::F32 {
-            return generic::weighted_nll::<Self>(logits, targets, weights, with_grad);
-        }
-        let (logits, targets, weights) = (Rows::of(&logits), integers(&targets), Rows::of(&weights));
-        let (count, width) = (logits.count(), logits.width());
-        let mut grad = vec![0f32; if with_grad { logits.len() } else { 0 }];
-        // Without a gradient every row gets an empty slice.
-        let mut outs: Vec<&mut [f32]> = match with_grad {
-            true => grad.chunks_exact_mut(width).collect(),
-            false => (0..count).map(|_| <&mut [f32]>::default()).collect(),
+        let head = Stored::of(&w).filter(|_| hidden.dtype() == DType::F32 && weights.dtype() == DType::F32);
+        let Some(head) = head else {
+            return generic::head_loss::<Self>(hidden, w, targets, weights, with_grad, chunk);
         };
-        let nll: Vec<f32> = outs
-            .par_iter_mut()
-            .zip(logits.par_iter())
-            .zip(targets.par_iter().zip(weights.values()))
-            .map(|((out, logits), (&target, &weight))| weight * row(logits, target, weight, out))
-            .collect();
-        let loss = f32_tensor(vec![nll.iter().sum()], [1]);
-        (loss, with_grad.then(|| f32_tensor(grad, [count, width])))
+        let (hidden, targets, weights) = (Rows::of(&hidden), integers(&targets), Rows::of(&weights));
+        let ([vocabulary, width], rows) = (head.dims(), targets.len());
+        let (source, mut loss) = (head.source(), 0f32);
+        let mut grad = vec![0f32; if with_grad { rows * width } else { 0 }];
+        for first in (0..rows).step_by(chunk) {
+            let count = chunk.min(rows - first);
+            let logits = {
+                let x = Matrix::new(&hidden.values()[first * width..], width);
+                let left = Left::pack(count, width, Operand::new(&x, Lanes::Rows));
+                let terms = vec![Term { left: &left, right: Operand::new(&*source, Lanes::Rows) }];
+                gemm::product(count, vocabulary, &[Job { first: 0, columns: vocabulary, terms, start: Start::Zero }])
+            };
+            let log_sums: Vec<f32> = logits.par_chunks_exact(vocabulary).map(log_sum_exp).collect();
+            let (targets, weights) = (&targets[first..][..count], &weights.values()[first..][..count]);
+            for (row, ((log_sum, target), weight)) in log_sums.iter().zip(targets).zip(weights).enumerate() {
+                loss += weight * (log_sum - logits[row * vocabulary + target]);
+            }
+            if !with_grad {
+                continue;
+            }
+            let grad = &mut grad[first * width..][..count * width];
+            for part in (0..vocabulary).step_by(PACKED_COLUMNS) {
+                let columns = PACKED_COLUMNS.min(vocabulary - part);
+                let logits = Matrix::new(&logits, vocabulary);
+                let gradient = LogitsGradient { logits, log_sums: &log_sums, targets, weights, first: part };
+                let left = Left::pack(count, columns, Operand::new(&gradient, Lanes::Rows));
+                let right = gemm::Below::new(&*source, part);
+                let terms = vec![Term { left: &left, right: Operand::new(&right, Lanes::Columns) }];
+                gemm::accumulate(count, width, terms, grad);
+            }
+        }
+        (f32_tensor(vec![loss], [1]), with_grad.then(|| f32_tensor(grad, [rows, width])))
     }
 }

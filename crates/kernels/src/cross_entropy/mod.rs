@@ -5,8 +5,8 @@
 //! dhidden_i = weight_i · (softmax(z_i) − onehot(target_i)) W
 //! ```
 //!
-//! The logits of all rows never exist at once: a chunk's logits become its gradient and are dropped. What is saved for
-//! the backward pass is the gradient of the hidden rows.
+//! The logits of all rows never exist at once: those of a chunk of rows become the chunk's gradient and are dropped. What
+//! is saved for the backward pass is the gradient of the hidden rows.
 
 #[cfg(feature = "flex")]
 mod flex;
@@ -18,100 +18,74 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata, backend_extension};
-use burn::tensor::{DType, Int, Shape, Slice, Tensor};
+use burn::tensor::{Int, Shape, Tensor};
 
-use crate::LinearOps;
 use crate::body::{cast, plain_backends};
 
-/// Logits that exist at one time: 32 MiB of f32.
-const CHUNK_ELEMENTS: usize = 1 << 23;
+/// Logits that exist at one time: 48 MiB of f32.
+const CHUNK_ELEMENTS: usize = 3 << 22;
 
-/// The fused head and loss on one backend.
+/// The fused head and loss, differentiable.
 #[backend_extension(
     Autodiff,
     Flex: cfg(feature = "flex"),
     NdArray: cfg(feature = "ndarray"),
     Cube: cfg(any(feature = "wgpu", feature = "cuda"))
 )]
-pub trait CrossEntropyOps: LinearOps {
+pub trait CrossEntropyOps: Backend {
     /// The loss `[1]` in f32. `hidden` `[M, E]`, `w` `[V, E]` frozen, `targets` `[M]`, `weights` `[M]` in f32.
     fn linear_cross_entropy(
         hidden: FloatTensor<Self>,
         w: FloatTensor<Self>,
         targets: IntTensor<Self>,
         weights: FloatTensor<Self>,
-    ) -> FloatTensor<Self> {
-        run::<Self>(hidden, w, targets, weights, false).0
-    }
+    ) -> FloatTensor<Self>;
+}
 
-    /// The loss and its gradient to `hidden`.
-    fn linear_cross_entropy_with_grad(
+/// The body on a backend without autodiff. The default one runs anywhere and is the reference for the others.
+pub trait CrossEntropyBodies: Backend {
+    /// The loss, and where it is asked for its gradient to `hidden`. At most `chunk` rows of logits exist at one time.
+    fn head_loss(
         hidden: FloatTensor<Self>,
         w: FloatTensor<Self>,
         targets: IntTensor<Self>,
         weights: FloatTensor<Self>,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        let (loss, grad) = run::<Self>(hidden, w, targets, weights, true);
-        (loss, grad.expect("asked for"))
-    }
-
-    /// Σ weight · −log `softmax(logits)[target]`, and where it is asked for the gradient to the logits,
-    /// weight · (softmax − onehot). `logits` `[M, V]` in f32, `targets` and `weights` `[M, 1]`.
-    fn weighted_nll(
-        logits: FloatTensor<Self>,
-        targets: IntTensor<Self>,
-        weights: FloatTensor<Self>,
         with_grad: bool,
+        chunk: usize,
     ) -> (FloatTensor<Self>, Option<FloatTensor<Self>>) {
-        generic::weighted_nll::<Self>(logits, targets, weights, with_grad)
+        generic::head_loss::<Self>(hidden, w, targets, weights, with_grad, chunk)
     }
 }
 
-plain_backends!(CrossEntropyOps);
-fn run<B: CrossEntropyOps>(
-    hidden: FloatTensor<B>,
-    w: FloatTensor<B>,
-    targets: IntTensor<B>,
-    weights: FloatTensor<B>,
-    with_grad: bool,
-) -> (FloatTensor<B>, Option<FloatTensor<B>>) {
-    let [rows, _] = hidden.shape().dims();
-    let [vocabulary, _] = w.shape().dims();
-    let mut loss = B::float_zeros(Shape::new([1]), &hidden.device(), DType::F32.into());
-    let mut grads = Vec::new();
-    let step = (CHUNK_ELEMENTS / vocabulary).max(1);
-    for first in (0..rows).step_by(step) {
-        let count = step.min(rows - first);
-        let range = [Slice::from(first..first + count)];
-        let hidden = B::float_slice(hidden.clone(), &[range[0], Slice::full()]);
-        let targets = B::int_reshape(B::int_slice(targets.clone(), &range), Shape::new([count, 1]));
-        let weights = B::float_reshape(B::float_slice(weights.clone(), &range), Shape::new([count, 1]));
-        let (chunk_loss, chunk_grad) = chunk::<B>(hidden, w.clone(), targets, weights, with_grad);
-        loss = B::float_add(loss, chunk_loss);
-        grads.extend(chunk_grad);
-    }
-    let grad = match grads.len() {
-        _ if !with_grad => None,
-        0 => Some(hidden), // no rows: nothing to differentiate, and the shape is right
-        1 => grads.pop(),
-        _ => Some(B::float_cat(grads, 0)),
+macro_rules! plain_cross_entropy_ops {
+    ($backend:ty) => {
+        impl CrossEntropyOps for $backend {
+            fn linear_cross_entropy(
+                hidden: FloatTensor<Self>,
+                w: FloatTensor<Self>,
+                targets: IntTensor<Self>,
+                weights: FloatTensor<Self>,
+            ) -> FloatTensor<Self> {
+                let chunk = chunk::<Self>(&hidden, &w);
+                Self::head_loss(hidden, w, targets, weights, false, chunk).0
+            }
+        }
     };
-    (loss, grad)
 }
+#[cfg(feature = "flex")]
+plain_cross_entropy_ops!(burn::backend::Flex);
+#[cfg(feature = "ndarray")]
+plain_cross_entropy_ops!(burn_ndarray::NdArray);
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+plain_cross_entropy_ops!(burn::backend::Cube);
 
-/// One chunk; `targets` and `weights` are `[rows, 1]`.
-fn chunk<B: CrossEntropyOps>(
-    hidden: FloatTensor<B>,
-    w: FloatTensor<B>,
-    targets: IntTensor<B>,
-    weights: FloatTensor<B>,
-    with_grad: bool,
-) -> (FloatTensor<B>, Option<FloatTensor<B>>) {
-    let dtype = hidden.dtype();
-    let logits = cast::<B>(B::frozen_linear(hidden, w.clone()), DType::F32);
-    let (loss, dlogits) = B::weighted_nll(logits, targets, weights, with_grad);
-    let grad = dlogits.map(|dlogits| B::frozen_linear_backward(cast::<B>(dlogits, dtype), w));
-    (loss, grad)
+plain_backends!(CrossEntropyBodies);
+
+/// Rows of logits at one time: equal chunks of at most [`CHUNK_ELEMENTS`].
+fn chunk<B: Backend>(hidden: &FloatTensor<B>, w: &FloatTensor<B>) -> usize {
+    let ([rows, _], [vocabulary, _]) = (hidden.shape().dims(), w.shape().dims());
+    let most = (CHUNK_ELEMENTS / vocabulary.max(1)).max(1);
+    rows.div_ceil(rows.div_ceil(most).max(1)).max(1)
 }
 
 #[derive(Debug)]
@@ -131,7 +105,7 @@ impl<B: Backend> Backward<B, 1> for CrossEntropyBackward {
     }
 }
 
-impl<B: CrossEntropyOps, C: CheckpointStrategy> CrossEntropyOps for Autodiff<B, C> {
+impl<B: CrossEntropyBodies, C: CheckpointStrategy> CrossEntropyOps for Autodiff<B, C> {
     fn linear_cross_entropy(
         hidden: FloatTensor<Self>,
         w: FloatTensor<Self>,
@@ -144,12 +118,13 @@ impl<B: CrossEntropyOps, C: CheckpointStrategy> CrossEntropyOps for Autodiff<B, 
         );
         let prep = CrossEntropyBackward.prepare::<C>([hidden.node()]).compute_bound().stateful();
         let (hidden, w, weights) = (hidden.into_primitive(), w.into_primitive(), weights.into_primitive());
+        let chunk = chunk::<B>(&hidden, &w);
         match prep {
             OpsKind::Tracked(prep) => {
-                let (loss, grad) = B::linear_cross_entropy_with_grad(hidden, w, targets, weights);
-                prep.finish(grad, loss)
+                let (loss, grad) = B::head_loss(hidden, w, targets, weights, true, chunk);
+                prep.finish(grad.expect("asked for"), loss)
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::linear_cross_entropy(hidden, w, targets, weights)),
+            OpsKind::UnTracked(prep) => prep.finish(B::head_loss(hidden, w, targets, weights, false, chunk).0),
         }
     }
 }

@@ -1,5 +1,5 @@
-//! The gradients, once for all backends. What is saved: handles on the parameters and x (through the checkpointer, so
-//! that a cheap x can be recomputed); nothing for the frozen product, whose gradient needs the weight alone.
+//! The gradients, once for all backends. What is saved: x (through the checkpointer, so that a cheap x can be
+//! recomputed) and handles on the parameters.
 
 use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
@@ -9,86 +9,108 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend};
 
-use super::{AdapterPath, LinearOps};
+use super::{Group, LinearBodies, LinearOps, LowRank, Optional, Projected, Prologue, Weight};
 
-#[derive(Debug)]
-struct FrozenBackward;
-
-impl<B: LinearOps> Backward<B, 1> for FrozenBackward {
-    type State = FloatTensor<B>;
-
-    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let [x] = ops.parents;
-        let grad = grads.consume::<B>(&ops.node);
-        if let Some(x) = x {
-            grads.register::<B>(x.id, B::frozen_linear_backward(grad, ops.state));
-        }
-    }
-}
+/// x, the residual, then A and B of up to three projections.
+const PARENTS: usize = 8;
 
 #[derive(Clone, Debug)]
-struct LoraState<B: Backend> {
+struct State<B: Backend> {
     x: NodeId,
-    w: FloatTensor<B>,
-    a: FloatTensor<B>,
-    b: FloatTensor<B>,
-    path: AdapterPath,
+    prologue: Prologue<B>,
+    projections: Vec<Projected<B>>,
+    has_residual: bool,
 }
 
 #[derive(Debug)]
-struct LoraBackward;
+struct ProjectBackward;
 
-impl<B: LinearOps> Backward<B, 3> for LoraBackward {
-    type State = LoraState<B>;
+impl<B: LinearBodies> Backward<B, PARENTS> for ProjectBackward {
+    type State = State<B>;
 
-    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
-        let [x_node, a_node, b_node] = ops.parents;
+    fn backward(self, ops: Ops<Self::State, PARENTS>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
+        let [x_node, residual, factors @ ..] = ops.parents;
         let grad = grads.consume::<B>(&ops.node);
-        let LoraState { x, w, a, b, path } = ops.state;
+        let State { x, prologue, projections, has_residual } = ops.state;
         let x = checkpointer.retrieve_node_output::<FloatTensor<B>>(x);
-        let (dx, da, db) = B::lora_linear_backward(grad, x, w, a, b, path, x_node.is_some());
-        if let (Some(node), Some(dx)) = (x_node, dx) {
+        if let (Some(node), true) = (residual, has_residual) {
+            grads.register::<B>(node.id, grad.clone());
+        }
+        let out = B::project_backward(grad, x, prologue, projections, x_node.is_some());
+        if let (Some(node), Some(dx)) = (x_node, out.dx) {
             grads.register::<B>(node.id, dx);
         }
-        if let Some(node) = a_node {
-            grads.register::<B>(node.id, da);
-        }
-        if let Some(node) = b_node {
-            grads.register::<B>(node.id, db);
+        for (nodes, gradients) in factors.chunks_exact(2).zip(out.adapters) {
+            let Some((da, db)) = gradients else { continue };
+            for (node, gradient) in nodes.iter().zip([da, db]) {
+                if let Some(node) = node {
+                    grads.register::<B>(node.id, gradient);
+                }
+            }
         }
     }
 }
 
-impl<B: LinearOps, C: CheckpointStrategy> LinearOps for Autodiff<B, C> {
-    fn frozen_linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
-        assert!(!w.is_tracked(), "frozen_linear: the weight is tracked; freeze it with `no_grad`");
-        let w = w.into_primitive();
-        let prep = FrozenBackward.prepare::<C>([x.node()]).compute_bound().stateful();
-        let y = B::frozen_linear(x.into_primitive(), w.clone());
-        match prep {
-            OpsKind::Tracked(prep) => prep.finish(w, y),
-            OpsKind::UnTracked(prep) => prep.finish(y),
-        }
-    }
-
-    fn lora_linear(
+impl<B: LinearBodies, C: CheckpointStrategy> LinearOps for Autodiff<B, C> {
+    fn project(
         x: FloatTensor<Self>,
-        w: FloatTensor<Self>,
-        a: FloatTensor<Self>,
-        b: FloatTensor<Self>,
-        path: AdapterPath,
+        prologue: Prologue<Self>,
+        group: Group<Self>,
+        residual: Optional<Self>,
     ) -> FloatTensor<Self> {
-        assert!(!w.is_tracked(), "lora_linear: the weight is tracked; freeze it with `no_grad`");
-        let w = w.into_primitive();
-        let prep = LoraBackward.prepare::<C>([x.node(), a.node(), b.node()]).compute_bound().stateful();
-        let (a, b) = (a.into_primitive(), b.into_primitive());
-        match prep {
+        let residual = residual.into_option();
+        // A parent that there is not has x's node in its place, and never gets a gradient.
+        let mut parents = [const { None }; PARENTS];
+        parents[0] = Some(x.node());
+        parents[1] = residual.as_ref().map(|residual| residual.node());
+        let projections: Vec<Projected<B>> = group
+            .into_vec()
+            .into_iter()
+            .zip(parents[2..].chunks_exact_mut(2))
+            .map(|(projection, nodes)| {
+                let Projected { weight, bias, adapter, path } = projection;
+                let adapter = match adapter {
+                    LowRank::Absent => LowRank::Absent,
+                    LowRank::Present { a, b } => {
+                        (nodes[0], nodes[1]) = (Some(a.node()), Some(b.node()));
+                        LowRank::Present { a: a.into_primitive(), b: b.into_primitive() }
+                    }
+                };
+                let Weight::Dense(weight) = weight;
+                Projected {
+                    weight: Weight::Dense(constant::<B, C>(weight)),
+                    bias: match bias {
+                        Optional::Absent => Optional::Absent,
+                        Optional::Present(bias) => Optional::Present(constant::<B, C>(bias)),
+                    },
+                    adapter,
+                    path,
+                }
+            })
+            .collect();
+        let prologue = match prologue {
+            Prologue::Plain => Prologue::Plain,
+            Prologue::Normed { weight, eps } => Prologue::Normed { weight: constant::<B, C>(weight), eps },
+            Prologue::Gated(gate) => Prologue::Gated(gate),
+        };
+        let parents = parents.map(|node| node.unwrap_or_else(|| x.node()));
+        let has_residual = residual.is_some();
+        let residual = residual.map(|residual| residual.into_primitive());
+        match ProjectBackward.prepare::<C>(parents).compute_bound().stateful() {
             OpsKind::Tracked(mut prep) => {
                 let id = prep.checkpoint(&x);
-                let y = B::lora_linear(x.into_primitive(), w.clone(), a.clone(), b.clone(), path);
-                prep.finish(LoraState { x: id, w, a, b, path }, y)
+                let y = B::project_forward(x.into_primitive(), prologue.clone(), projections.clone(), residual);
+                prep.finish(State { x: id, prologue, projections, has_residual }, y)
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::lora_linear(x.into_primitive(), w, a, b, path)),
+            OpsKind::UnTracked(prep) => {
+                prep.finish(B::project_forward(x.into_primitive(), prologue, projections, residual))
+            }
         }
     }
+}
+
+/// A frozen tensor.
+fn constant<B: Backend, C: CheckpointStrategy>(tensor: FloatTensor<Autodiff<B, C>>) -> FloatTensor<B> {
+    assert!(!tensor.is_tracked(), "project: a frozen tensor is tracked; freeze it with `no_grad`");
+    tensor.into_primitive()
 }

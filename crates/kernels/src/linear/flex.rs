@@ -1,173 +1,429 @@
-//! The CPU body: products straight on the tensors' storage through the `gemm` crate.
+//! The CPU body, on products whose operands are made while they are packed ([`crate::gemm`]).
 //!
-//! The adapter's product is accumulated into the output of the frozen one, so a second `[M, N]` buffer never exists.
-//! A bf16 or f16 weight is widened a panel of rows at a time: half the memory of f32, and no dense copy.
+//! h is packed once for all projections of a group; the adapter's product is a further stretch of the inner dimension of
+//! the frozen one; a weight stored in a narrower format is widened tile by tile.
 
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
-use burn::tensor::{DType, bf16, f16};
+use burn::tensor::DType;
 use rayon::prelude::*;
 
-use super::{AdapterPath, LinearOps, generic};
-use crate::flex::{Mat, contiguous, f32_tensor, gemm, half_to_f32};
+use super::{AdapterPath, LinearBodies, LinearGrads, LowRank, Optional, Projected, Prologue, Weight, generic};
+use crate::activation::{self, Gate};
+use crate::flex::{Rows, f32_tensor};
+use crate::gemm::{self, Dropped, Gated, Job, Lanes, Left, Matrix, Normed, Operand, Source, Start, Stored, Term};
+use crate::norm;
 use crate::simd::{lane_sum, vectorised};
 
-/// Elements of a widened panel: 1 MiB of f32, which stays in the last-level cache while it is multiplied.
-const PANEL: usize = 1 << 18;
+/// Rows up to which a product is limited by reading the weight, so that each weight is read once and used at once.
+const FEW_ROWS: usize = 4;
 
-/// Formats that the bodies below compute in, and views that run forwards; the default bodies take the rest.
-fn supported(w: &FlexTensor, others: &[&FlexTensor]) -> bool {
-    let forwards = |t: &FlexTensor| t.layout().strides().iter().all(|stride| *stride >= 0);
-    matches!(w.dtype(), DType::F32 | DType::BF16 | DType::F16)
-        && forwards(w)
-        && others.iter().all(|t| t.dtype() == DType::F32 && forwards(t))
+/// Whether the bodies below compute this; the default ones take the rest.
+fn supported(x: &FlexTensor, prologue: &Prologue<Flex>, projections: &[Projected<Flex>]) -> bool {
+    let is_f32 = |t: &FlexTensor| t.dtype() == DType::F32;
+    let optional = |t: &Optional<Flex>| if let Optional::Present(t) = t { is_f32(t) } else { true };
+    let prologue = match prologue {
+        Prologue::Plain => true,
+        Prologue::Normed { weight, .. } => is_f32(weight),
+        Prologue::Gated(gate) => *gate == Gate::Silu,
+    };
+    prologue
+        && is_f32(x)
+        && projections.iter().all(|Projected { weight: Weight::Dense(w), bias, adapter, .. }| {
+            matches!(w.dtype(), DType::F32 | DType::BF16 | DType::F16)
+                && optional(bias)
+                && match adapter {
+                    LowRank::Absent => true,
+                    LowRank::Present { a, b } => is_f32(a) && is_f32(b),
+                }
+        })
 }
 
-/// Calls `f(first row, panel)` for consecutive rows of `w`, as f32.
-fn panels(w: &FlexTensor, mut f: impl FnMut(usize, Mat)) {
-    if w.dtype() == DType::F32 {
-        return f(0, Mat::of(w));
+/// h, which exists only while it is read.
+struct Hidden {
+    x: Rows,
+    prologue: Step,
+    /// K.
+    width: usize,
+}
+
+enum Step {
+    Plain,
+    Normed { weight: Rows, factors: Vec<f32> },
+    Gated,
+}
+
+impl Hidden {
+    fn new(x: &FlexTensor, prologue: &Prologue<Flex>) -> Self {
+        let x = Rows::of(x);
+        let (prologue, width) = match prologue {
+            Prologue::Plain => (Step::Plain, x.width()),
+            Prologue::Normed { weight, eps } => {
+                (Step::Normed { weight: Rows::of(weight), factors: norm::flex::factors(&x, *eps) }, x.width())
+            }
+            Prologue::Gated(_) => (Step::Gated, x.width() / 2),
+        };
+        Self { x, prologue, width }
     }
-    let w = contiguous(w);
-    let (rows, columns) = (w.layout().shape()[0], w.layout().shape()[1]);
-    let step = (PANEL / columns.max(1)).clamp(1, rows.max(1));
-    let mut scratch = vec![0f32; step * columns];
-    for first in (0..rows).step_by(step) {
-        let count = step.min(rows - first);
-        let range = first * columns..(first + count) * columns;
-        let panel = &mut scratch[..count * columns];
-        match w.dtype() {
-            DType::BF16 => half_to_f32(&w.storage::<bf16>()[w.layout().start_offset()..][range], panel, bf16::to_f32),
-            _ => half_to_f32(&w.storage::<f16>()[w.layout().start_offset()..][range], panel, f16::to_f32),
+
+    /// Calls `f` with h.
+    fn with<T>(&self, f: impl FnOnce(&dyn Source) -> T) -> T {
+        let x = Matrix::new(self.x.values(), self.x.width());
+        match &self.prologue {
+            Step::Plain => f(&x),
+            Step::Normed { weight, factors } => f(&Normed::new(x, weight.values(), factors)),
+            Step::Gated => f(&Gated::new(x, self.width)),
         }
-        f(first, Mat::slice(panel, count, columns));
     }
-}
 
-fn small(lhs: Mat, rhs: Mat) -> Vec<f32> {
-    let mut out = vec![0f32; lhs.rows * rhs.cols];
-    gemm(&mut out, rhs.cols, false, 1.0, lhs, rhs);
-    out
-}
-
-/// Rows of x up to which a product is limited by reading the weight, so that it is read once and widened on the way.
-const FEW_ROWS: usize = 2;
-
-vectorised! {
-    fn dot_bf16(x: &[f32], w: &[bf16]) -> f32 {
-        let w = &w[..x.len()];
-        lane_sum(x.len(), |i| x[i] * f32::from_bits(u32::from(w[i].to_bits()) << 16))
-    }
-}
-
-/// y = x Wᵀ for a few rows of x, as a generated token has, and a contiguous bf16 weight.
-fn few_rows(x: Mat, w: &[bf16], y: &mut [f32]) {
-    let n = y.len() / x.rows;
-    for (row, y) in y.chunks_exact_mut(n).enumerate() {
-        let x = x.row(row);
-        y.par_iter_mut().zip(w.par_chunks_exact(x.len())).with_min_len(64).for_each(|(y, w)| *y = dot_bf16(x, w));
-    }
-}
-
-/// y = x Wᵀ into a fresh buffer.
-fn base_forward(x: Mat, w: &FlexTensor) -> Vec<f32> {
-    let [n, k] = [w.layout().shape()[0], w.layout().shape()[1]];
-    let mut y = vec![0f32; x.rows * n];
-    if (1..=FEW_ROWS).contains(&x.rows)
-        && k > 0
-        && x.has_contiguous_rows()
-        && w.dtype() == DType::BF16
-        && w.is_contiguous()
-    {
-        few_rows(x, &w.storage::<bf16>()[w.layout().start_offset()..][..n * k], &mut y);
-    } else if x.rows > 0 {
-        panels(w, |first, panel| gemm(&mut y[first..], n, false, 1.0, x, panel.t()));
-    }
-    y
-}
-
-/// dx = g W into a fresh buffer.
-fn base_backward(g: Mat, w: &FlexTensor) -> Vec<f32> {
-    let k = w.layout().shape()[1];
-    let mut dx = vec![0f32; g.rows * k];
-    if g.rows > 0 {
-        panels(w, |first, panel| gemm(&mut dx, k, first > 0, 1.0, g.columns(first, panel.rows), panel));
-    }
-    dx
-}
-
-/// x with the adapter's dropout applied, where there is one.
-fn dropped(x: &FlexTensor, path: AdapterPath) -> FlexTensor {
-    let Some(dropout) = path.dropout else { return x.clone() };
-    let x = contiguous(x);
-    let (rows, columns) = (x.layout().shape()[0], x.layout().shape()[1]);
-    let values = &x.storage::<f32>()[x.layout().start_offset()..][..rows * columns];
-    let out = values.par_iter().enumerate().map(|(i, value)| value * dropout.factor(i)).collect();
-    f32_tensor(out, [rows, columns])
-}
-
-impl LinearOps for Flex {
-    fn frozen_linear(x: FlexTensor, w: FlexTensor) -> FlexTensor {
-        if !supported(&w, &[&x]) {
-            return generic::frozen::<Self>(x, w);
+    /// dx from dh, which it may overwrite.
+    fn backward(&self, mut dh: Vec<f32>) -> FlexTensor {
+        let rows = self.x.count();
+        match &self.prologue {
+            Step::Plain => {}
+            Step::Normed { weight, factors } => norm::flex::backward_in_place(&mut dh, &self.x, weight, factors),
+            Step::Gated => dh = activation::flex::side_by_side_backward(&dh, &self.x),
         }
-        let x = Mat::of(&x);
-        f32_tensor(base_forward(x, &w), [x.rows, w.layout().shape()[0]])
+        f32_tensor(dh, [rows, self.x.width()])
     }
+}
 
-    fn frozen_linear_backward(grad: FlexTensor, w: FlexTensor) -> FlexTensor {
-        if !supported(&w, &[&grad]) {
-            return generic::frozen_backward::<Self>(grad, w);
+/// A projection ready to be multiplied with.
+struct Part {
+    weight: Stored,
+    bias: Option<Rows>,
+    adapter: Option<Factors>,
+    path: AdapterPath,
+    /// Its first column in the outputs side by side.
+    first: usize,
+    /// N.
+    columns: usize,
+}
+
+struct Factors {
+    a: Rows,
+    b: Rows,
+    /// r.
+    rank: usize,
+}
+
+fn parts(projections: &[Projected<Flex>]) -> (Vec<Part>, usize) {
+    let mut width = 0;
+    let parts = projections
+        .iter()
+        .map(|Projected { weight, bias, adapter, path }| {
+            let Weight::Dense(weight) = weight;
+            let weight = Stored::of(weight).expect("a format that was found to be supported");
+            let [columns, _] = weight.dims();
+            let first = width;
+            width += columns;
+            let adapter = match adapter {
+                LowRank::Absent => None,
+                // A rank of zero adds nothing.
+                LowRank::Present { a, .. } if a.layout().shape()[0] == 0 => None,
+                LowRank::Present { a, b } => {
+                    Some(Factors { rank: a.layout().shape()[0], a: Rows::of(a), b: Rows::of(b) })
+                }
+            };
+            let bias = match bias {
+                Optional::Absent => None,
+                Optional::Present(bias) => Some(Rows::of(bias)),
+            };
+            Part { weight, bias, adapter, path: *path, first, columns }
+        })
+        .collect();
+    (parts, width)
+}
+
+/// What products read of the parts.
+struct Sources<'a> {
+    weights: Vec<Box<dyn Source + 'a>>,
+    /// (A, B, r) where there is an adapter.
+    factors: Vec<Option<(Matrix<'a>, Matrix<'a>, usize)>>,
+}
+
+impl<'a> Sources<'a> {
+    fn of(parts: &'a [Part], inner: usize) -> Self {
+        let factors = |factors: &'a Factors| {
+            let Factors { a, b, rank } = factors;
+            (Matrix::new(a.values(), inner), Matrix::new(b.values(), *rank), *rank)
+        };
+        Self {
+            weights: parts.iter().map(|part| part.weight.source()).collect(),
+            factors: parts.iter().map(|part| part.adapter.as_ref().map(factors)).collect(),
         }
-        let g = Mat::of(&grad);
-        f32_tensor(base_backward(g, &w), [g.rows, w.layout().shape()[1]])
     }
+}
 
-    fn lora_linear(x: FlexTensor, w: FlexTensor, a: FlexTensor, b: FlexTensor, path: AdapterPath) -> FlexTensor {
-        if !supported(&w, &[&x, &a, &b]) {
-            return generic::lora::<Self>(x, w, a, b, path);
+/// A matrix of r columns for each adapter, side by side in `[M, Σ r]`.
+struct Low {
+    values: Vec<f32>,
+    width: usize,
+    /// First column of each part; parts without an adapter take none.
+    firsts: Vec<usize>,
+}
+
+impl Low {
+    /// s_i · L_i · R_i for each part with an adapter, `operands(i)` being L_i and R_i.
+    fn product<'o>(rows: usize, parts: &[Part], operands: impl Fn(usize) -> (&'o Left, Operand<'o>)) -> Self {
+        let (mut width, mut firsts, mut jobs) = (0, Vec::new(), Vec::new());
+        for (i, part) in parts.iter().enumerate() {
+            firsts.push(width);
+            let Some(Factors { rank, .. }) = part.adapter else { continue };
+            let (left, right) = operands(i);
+            jobs.push(Job { first: width, columns: rank, terms: vec![Term { left, right }], start: Start::Zero });
+            width += rank;
         }
-        let dropped = dropped(&x, path);
-        let (xm, am, bm) = (Mat::of(&x), Mat::of(&a), Mat::of(&b));
-        let xa = small(Mat::of(&dropped), am.t());
-        let mut y = base_forward(xm, &w);
-        gemm(&mut y, bm.rows, true, path.scale, Mat::slice(&xa, xm.rows, am.rows), bm.t());
-        f32_tensor(y, [xm.rows, bm.rows])
+        let mut values = gemm::product(rows, width, &jobs);
+        for row in values.chunks_exact_mut(width.max(1)) {
+            for (part, first) in parts.iter().zip(&firsts) {
+                let rank = part.adapter.as_ref().map_or(0, |factors| factors.rank);
+                row[*first..first + rank].iter_mut().for_each(|value| *value *= part.path.scale);
+            }
+        }
+        Self { values, width, firsts }
     }
 
-    fn lora_linear_backward(
+    /// s_i · h̃_i A_iᵀ.
+    fn hidden(rows: usize, h: &dyn Source, left: &Left, inner: usize, parts: &[Part], sources: &Sources) -> Self {
+        let pack = |dropout| Left::pack(rows, inner, Operand::new(&Dropped::new(h, inner, dropout), Lanes::Rows));
+        let own: Vec<Option<Left>> =
+            parts.iter().map(|part| part.adapter.as_ref().and(part.path.dropout).map(pack)).collect();
+        Self::product(rows, parts, |i| {
+            let (a, ..) = sources.factors[i].as_ref().expect("asked for adapters only");
+            (own[i].as_ref().unwrap_or(left), Operand::new(a, Lanes::Rows))
+        })
+    }
+
+    /// The matrix of a part.
+    fn part(&self, part: usize) -> Matrix<'_> {
+        Matrix::new(&self.values[self.firsts[part].min(self.values.len())..], self.width)
+    }
+
+    /// The matrix of each part with an adapter, packed as rows.
+    fn packed(&self, rows: usize, sources: &Sources) -> Vec<Option<Left>> {
+        let pack = |(i, factors): (usize, &Option<(Matrix, Matrix, usize)>)| {
+            let (.., rank) = factors.as_ref()?;
+            Some(Left::pack(rows, *rank, Operand::new(&self.part(i), Lanes::Rows)))
+        };
+        sources.factors.iter().enumerate().map(pack).collect()
+    }
+}
+
+fn forward(
+    x: &FlexTensor,
+    prologue: &Prologue<Flex>,
+    projections: &[Projected<Flex>],
+    residual: Option<&FlexTensor>,
+) -> FlexTensor {
+    let hidden = Hidden::new(x, prologue);
+    let (parts, width) = parts(projections);
+    let (rows, inner) = (hidden.x.count(), hidden.width);
+    let sources = Sources::of(&parts, inner);
+    let residual = residual.map(Rows::of);
+    let mut y = hidden.with(|h| match rows {
+        0..=FEW_ROWS => few_rows::forward(rows, inner, width, h, &parts, &sources),
+        _ => {
+            let left = Left::pack(rows, inner, Operand::new(h, Lanes::Rows));
+            let low = Low::hidden(rows, h, &left, inner, &parts, &sources).packed(rows, &sources);
+            let start = residual.as_ref().map_or(Start::Zero, |r| Start::Values(Matrix::new(r.values(), width)));
+            let jobs: Vec<Job> = parts
+                .iter()
+                .enumerate()
+                .map(|(i, part)| {
+                    let mut terms = vec![Term { left: &left, right: Operand::new(&*sources.weights[i], Lanes::Rows) }];
+                    if let (Some(left), Some((_, b, _))) = (&low[i], &sources.factors[i]) {
+                        terms.push(Term { left, right: Operand::new(b, Lanes::Rows) });
+                    }
+                    Job { first: part.first, columns: part.columns, terms, start }
+                })
+                .collect();
+            gemm::product(rows, width, &jobs)
+        }
+    });
+    for part in &parts {
+        if let Some(bias) = &part.bias {
+            y.par_chunks_exact_mut(width).for_each(|row| {
+                row[part.first..][..part.columns].iter_mut().zip(bias.values()).for_each(|(y, bias)| *y += bias);
+            });
+        }
+    }
+    if let (Some(residual), 0..=FEW_ROWS) = (&residual, rows) {
+        y.iter_mut().zip(residual.values()).for_each(|(y, r)| *y += r);
+    }
+    f32_tensor(y, [rows, width])
+}
+
+fn backward(
+    grad: &FlexTensor,
+    x: &FlexTensor,
+    prologue: &Prologue<Flex>,
+    projections: &[Projected<Flex>],
+    need_dx: bool,
+) -> LinearGrads<Flex> {
+    let hidden = Hidden::new(x, prologue);
+    let (parts, width) = parts(projections);
+    let (rows, inner) = (hidden.x.count(), hidden.width);
+    let sources = Sources::of(&parts, inner);
+    let grad = Rows::of(grad);
+    let g: Vec<Matrix> =
+        parts.iter().map(|part| Matrix::new(&grad.values()[part.first.min(grad.len())..], width)).collect();
+    let left: Vec<Left> =
+        parts.iter().zip(&g).map(|(part, g)| Left::pack(rows, part.columns, Operand::new(g, Lanes::Rows))).collect();
+    let u = Low::product(rows, &parts, |i| {
+        let (_, b, _) = sources.factors[i].as_ref().expect("asked for adapters only");
+        (&left[i], Operand::new(b, Lanes::Columns))
+    });
+    let dh = need_dx.then(|| {
+        let low = u.packed(rows, &sources);
+        let mut terms = Vec::new();
+        for i in 0..parts.len() {
+            terms.push(Term { left: &left[i], right: Operand::new(&*sources.weights[i], Lanes::Columns) });
+            if let (Some(left), Some((a, ..)), None) = (&low[i], &sources.factors[i], parts[i].path.dropout) {
+                terms.push(Term { left, right: Operand::new(a, Lanes::Columns) });
+            }
+        }
+        let mut dh = gemm::product(rows, inner, &[Job { first: 0, columns: inner, terms, start: Start::Zero }]);
+        for (i, part) in parts.iter().enumerate() {
+            if let (Some(left), Some((a, ..)), Some(dropout)) = (&low[i], &sources.factors[i], part.path.dropout) {
+                let terms = vec![Term { left, right: Operand::new(a, Lanes::Columns) }];
+                let through =
+                    gemm::product(rows, inner, &[Job { first: 0, columns: inner, terms, start: Start::Zero }]);
+                dh.par_iter_mut().zip(&through).enumerate().for_each(|(i, (dh, t))| *dh += dropout.factor(i) * t);
+            }
+        }
+        dh
+    });
+    drop(left);
+    let adapters = hidden.with(|h| adapter_grads(rows, inner, h, &g, &u, &parts, &sources));
+    LinearGrads { dx: dh.map(|dh| hidden.backward(dh)), adapters }
+}
+
+/// dA_i = u_iᵀ h̃_i and dB_i = g_iᵀ (s_i h̃_i A_iᵀ).
+fn adapter_grads(
+    rows: usize,
+    inner: usize,
+    h: &dyn Source,
+    g: &[Matrix],
+    u: &Low,
+    parts: &[Part],
+    sources: &Sources,
+) -> Vec<Option<(FlexTensor, FlexTensor)>> {
+    if u.width == 0 {
+        return parts.iter().map(|_| None).collect();
+    }
+    let low = {
+        let left = Left::pack(rows, inner, Operand::new(h, Lanes::Rows));
+        Low::hidden(rows, h, &left, inner, parts, sources)
+    };
+    // Lᵀ R of two matrices with M rows.
+    let transposed = |left: &dyn Source, rank: usize, right: &dyn Source, columns: usize| {
+        let left = Left::pack(rank, rows, Operand::new(left, Lanes::Columns));
+        let terms = vec![Term { left: &left, right: Operand::new(right, Lanes::Columns) }];
+        gemm::product(rank, columns, &[Job { first: 0, columns, terms, start: Start::Zero }])
+    };
+    // Without dropout all adapters see the same h, which is then read once.
+    let together = parts.iter().all(|part| part.path.dropout.is_none());
+    let all_da = if together { transposed(&u.part(0), u.width, h, inner) } else { Vec::new() };
+    let of_part = |(i, part): (usize, &Part)| {
+        let Factors { rank, .. } = part.adapter.as_ref()?;
+        let da = match part.path.dropout {
+            _ if together => all_da[u.firsts[i] * inner..][..rank * inner].to_vec(),
+            Some(dropout) => transposed(&u.part(i), *rank, &Dropped::new(h, inner, dropout), inner),
+            None => transposed(&u.part(i), *rank, h, inner),
+        };
+        let db_t = transposed(&low.part(i), *rank, &g[i], part.columns);
+        let db = (0..part.columns * rank).map(|at| db_t[at % rank * part.columns + at / rank]).collect();
+        Some((f32_tensor(da, [*rank, inner]), f32_tensor(db, [part.columns, *rank])))
+    };
+    debug_assert_eq!(sources.factors.len(), parts.len());
+    parts.iter().enumerate().map(of_part).collect()
+}
+
+mod few_rows {
+    //! As a generated token has: each row of a weight is read once, and multiplied while it is in cache.
+
+    use super::*;
+
+    vectorised! {
+        fn dot(a: &[f32], b: &[f32]) -> f32 {
+            let b = &b[..a.len()];
+            lane_sum(a.len(), |i| a[i] * b[i])
+        }
+    }
+
+    /// x Rᵀ for the first `columns` rows of R: `[M, columns]`.
+    fn times(x: &[f32], rows: usize, inner: usize, right: &dyn Source, columns: usize) -> Vec<f32> {
+        // Rows of R that one worker takes.
+        const TAKEN: usize = 64;
+        let mut by_column = vec![0f32; columns * rows];
+        by_column.par_chunks_mut((TAKEN * rows).max(1)).enumerate().for_each(|(chunk, out)| {
+            let mut row = vec![0f32; inner];
+            for (i, out) in out.chunks_exact_mut(rows).enumerate() {
+                right.read(chunk * TAKEN + i, 0, &mut row);
+                out.iter_mut().zip(x.chunks_exact(inner)).for_each(|(out, x)| *out = dot(x, &row));
+            }
+        });
+        (0..rows * columns).map(|at| by_column[at % columns * rows + at / columns]).collect()
+    }
+
+    pub(super) fn forward(
+        rows: usize,
+        inner: usize,
+        width: usize,
+        h: &dyn Source,
+        parts: &[Part],
+        sources: &Sources,
+    ) -> Vec<f32> {
+        let mut y = vec![0f32; rows * width];
+        if y.is_empty() || inner == 0 {
+            return y;
+        }
+        let read = |source: &dyn Source| {
+            let mut values = vec![0f32; rows * inner];
+            values.chunks_exact_mut(inner).enumerate().for_each(|(row, out)| source.read(row, 0, out));
+            values
+        };
+        let x = read(h);
+        for (i, part) in parts.iter().enumerate() {
+            let mut out = times(&x, rows, inner, &*sources.weights[i], part.columns);
+            if let Some((a, b, rank)) = &sources.factors[i] {
+                let dropped = part.path.dropout.map(|dropout| read(&Dropped::new(h, inner, dropout)));
+                let low = times(dropped.as_ref().unwrap_or(&x), rows, inner, a, *rank);
+                let update = times(&low, rows, *rank, b, part.columns);
+                out.iter_mut().zip(&update).for_each(|(out, update)| *out += part.path.scale * update);
+            }
+            for (y, out) in y.chunks_exact_mut(width).zip(out.chunks_exact(part.columns.max(1))) {
+                y[part.first..][..part.columns].copy_from_slice(out);
+            }
+        }
+        y
+    }
+}
+
+impl LinearBodies for Flex {
+    fn project_forward(
+        x: FlexTensor,
+        prologue: Prologue<Self>,
+        projections: Vec<Projected<Self>>,
+        residual: Option<FlexTensor>,
+    ) -> FlexTensor {
+        if !supported(&x, &prologue, &projections) || residual.as_ref().is_some_and(|r| r.dtype() != DType::F32) {
+            return generic::forward::<Self>(x, prologue, projections, residual);
+        }
+        forward(&x, &prologue, &projections, residual.as_ref())
+    }
+
+    fn project_backward(
         grad: FlexTensor,
         x: FlexTensor,
-        w: FlexTensor,
-        a: FlexTensor,
-        b: FlexTensor,
-        path: AdapterPath,
+        prologue: Prologue<Self>,
+        projections: Vec<Projected<Self>>,
         need_dx: bool,
-    ) -> (Option<FlexTensor>, FlexTensor, FlexTensor) {
-        if !supported(&w, &[&grad, &x, &a, &b]) {
-            return generic::lora_backward::<Self>(grad, x, w, a, b, path, need_dx);
+    ) -> LinearGrads<Self> {
+        if !supported(&x, &prologue, &projections) || grad.dtype() != DType::F32 {
+            return generic::backward::<Self>(grad, x, prologue, projections, need_dx);
         }
-        let dropped = dropped(&x, path);
-        let (g, xd, am, bm) = (Mat::of(&grad), Mat::of(&dropped), Mat::of(&a), Mat::of(&b));
-        let (m, k, r, n) = (g.rows, am.cols, am.rows, bm.rows);
-        let (gb, xa) = (small(g, bm), small(xd, am.t()));
-        let (gb, xa) = (Mat::slice(&gb, m, r), Mat::slice(&xa, m, r));
-        let mut da = vec![0f32; r * k];
-        gemm(&mut da, k, false, path.scale, gb.t(), xd);
-        let mut db = vec![0f32; n * r];
-        gemm(&mut db, r, false, path.scale, g.t(), xa);
-        let dx = need_dx.then(|| {
-            let mut dx = base_backward(g, &w);
-            match path.dropout {
-                None => gemm(&mut dx, k, true, path.scale, gb, am),
-                Some(dropout) => {
-                    let through = small(gb, am);
-                    let masked = through.par_iter().enumerate().map(|(i, t)| path.scale * dropout.factor(i) * t);
-                    dx.par_iter_mut().zip(masked).for_each(|(dx, t)| *dx += t);
-                }
-            }
-            f32_tensor(dx, [m, k])
-        });
-        (dx, f32_tensor(da, [r, k]), f32_tensor(db, [n, r]))
+        backward(&grad, &x, &prologue, &projections, need_dx)
     }
 }

@@ -1,11 +1,14 @@
-//! Products with a frozen weight, with and without a low-rank adapter.
+//! Products with frozen weights, with and without low-rank adapters.
 //!
 //! ```text
-//! y  = x Wᵀ + s (x̃ Aᵀ) Bᵀ        x [M, K]   W [N, K] frozen   A [r, K]   B [N, r]   x̃ = dropout(x)
+//! y_i = residual + h W_iᵀ + bias_i + s_i (h̃_i A_iᵀ) B_iᵀ        h = x, norm(x) or act(gate) ⊙ up
+//!
+//! x [M, ·]   W_i [N_i, K] frozen   A_i [r_i, K]   B_i [N_i, r_i]   h̃_i = dropout(h)
 //! ```
 //!
-//! LoRA: Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, 2021. The weight never gets a gradient, and
-//! it may be stored in a narrower format than the activations have.
+//! LoRA: Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, 2021. A weight never gets a gradient, and it
+//! may be stored in a narrower format than the activations have. Up to three projections of one input are one operation,
+//! whose outputs lie side by side; what leads to h and what is added to y are parts of it, so that h is never stored.
 
 mod autodiff;
 #[cfg(feature = "flex")]
@@ -16,8 +19,9 @@ mod ops;
 use burn::backend::Dispatch;
 use burn::tensor::Tensor;
 
-pub use ops::LinearOps;
+pub use ops::{Group, LinearBodies, LinearGrads, LinearOps, LowRank, Optional, Projected, Prologue, Weight};
 
+use crate::activation::Gate;
 use crate::rng;
 
 /// Which elements of the adapter's input are dropped: each with probability `p`, decided by the counter-based stream
@@ -47,6 +51,111 @@ pub struct AdapterPath {
     pub dropout: Option<Dropout>,
 }
 
+/// One projection of [`project`].
+#[derive(Clone, Debug)]
+pub struct Projection {
+    /// W, `[N, K]`, frozen, in any float format.
+    pub weight: Tensor<2>,
+    /// The bias, `[N]` of the input's dtype, frozen.
+    pub bias: Option<Tensor<1>>,
+    /// The adapter.
+    pub adapter: Option<ProjectionAdapter>,
+}
+
+/// The adapter of a [`Projection`].
+#[derive(Clone, Debug)]
+pub struct ProjectionAdapter {
+    /// A, `[r, K]` of the input's dtype.
+    pub a: Tensor<2>,
+    /// B, `[N, r]` of the input's dtype.
+    pub b: Tensor<2>,
+    /// Scale and dropout.
+    pub path: AdapterPath,
+}
+
+/// What a projection sees of its input.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// x itself.
+    Plain,
+    /// The root-mean-square norm of x, see [`rms_norm`](crate::rms_norm).
+    Normed {
+        /// `[K]` of x's dtype, frozen.
+        weight: Tensor<1>,
+        /// Added to the mean square.
+        eps: f32,
+    },
+    /// act(gate) ⊙ up, where x is gate and up side by side, `[…, 2K]`; see [`glu`](crate::glu()).
+    Gated(Gate),
+}
+
+/// Applies up to three projections to one input; their outputs lie side by side.
+///
+/// # Shapes
+/// * `x`: `[…, K]`, or `[…, 2K]` for [`Input::Gated`]
+/// * `projections`: weights `[N_i, K]`
+/// * `residual`: `[…, Σ N_i]`, added to the result
+/// * result: `[…, Σ N_i]`
+///
+/// The result has the dtype of `x`. Gradients flow to `x`, the adapters and the residual. For the backward pass x is
+/// saved and nothing else.
+///
+/// # Panics
+/// When the shapes do not fit, when there are no projections or more than three, or when a frozen tensor is tracked by
+/// autodiff.
+pub fn project<const D: usize>(
+    x: Tensor<D>,
+    input: Input,
+    projections: &[Projection],
+    residual: Option<Tensor<D>>,
+) -> Tensor<D> {
+    let dims = x.dims();
+    let (rows, columns) = (dims[..D - 1].iter().product::<usize>(), dims[D - 1]);
+    let inner = if let Input::Gated(_) = input { columns / 2 } else { columns };
+    let mut out = dims;
+    out[D - 1] = 0;
+    for Projection { weight, .. } in projections {
+        let [n, k] = weight.dims();
+        assert_eq!(k, inner, "project: the input has {inner} columns, the weight [{n}, {k}]");
+        out[D - 1] += n;
+    }
+    if let Some(residual) = &residual {
+        assert_eq!(residual.dims(), out, "project: the residual is added to a result of another shape");
+    }
+    let width = out[D - 1];
+    let prologue = match input {
+        Input::Plain => Prologue::Plain,
+        Input::Normed { weight, eps } => Prologue::Normed { weight: weight.into_dispatch(), eps },
+        Input::Gated(gate) => Prologue::Gated(gate),
+    };
+    let y = <Dispatch as LinearOps>::project(
+        x.reshape([rows, columns]).into_dispatch(),
+        prologue,
+        Group::of(projections.iter().map(Projected::<Dispatch>::from)),
+        residual.map_or(Optional::Absent, |r| Optional::Present(r.reshape([rows, width]).into_dispatch())),
+    );
+    Tensor::<2>::from_dispatch(y).reshape(out)
+}
+
+impl From<&Projection> for Projected<Dispatch> {
+    fn from(Projection { weight, bias, adapter }: &Projection) -> Self {
+        let mut path = AdapterPath::new(1.0, None);
+        let adapter = match adapter {
+            Some(adapter) => {
+                path = AdapterPath { dropout: adapter.path.dropout.filter(|d| d.p > 0.0), ..adapter.path };
+                LowRank::Present { a: adapter.a.clone().into_dispatch(), b: adapter.b.clone().into_dispatch() }
+            }
+            None => LowRank::Absent,
+        };
+        Self {
+            weight: Weight::Dense(weight.clone().into_dispatch()),
+            bias: bias.as_ref().map_or(Optional::Absent, |bias| Optional::Present(bias.clone().into_dispatch())),
+            adapter,
+            path,
+        }
+    }
+}
+
 /// `x Wᵀ` with a frozen weight.
 ///
 /// # Shapes
@@ -58,10 +167,7 @@ pub struct AdapterPath {
 /// # Panics
 /// When the shapes do not fit, or when `weight` is tracked by autodiff.
 pub fn frozen_linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>) -> Tensor<D> {
-    let (x, dims) = rows(x);
-    let out = dims_out(dims, &weight);
-    let y = <Dispatch as LinearOps>::frozen_linear(x.into_dispatch(), weight.into_dispatch());
-    Tensor::<2>::from_dispatch(y).reshape(out)
+    project(x, Input::Plain, &[Projection { weight, bias: None, adapter: None }], None)
 }
 
 /// `x Wᵀ + s · dropout(x) Aᵀ Bᵀ`: a frozen weight with a trainable low-rank adapter.
@@ -81,28 +187,6 @@ pub fn lora_linear<const D: usize>(
     scale: f32,
     dropout: Option<Dropout>,
 ) -> Tensor<D> {
-    let (x, dims) = rows(x);
-    let out = dims_out(dims, &weight);
-    let y = <Dispatch as LinearOps>::lora_linear(
-        x.into_dispatch(),
-        weight.into_dispatch(),
-        a.into_dispatch(),
-        b.into_dispatch(),
-        AdapterPath::new(scale, dropout.filter(|d| d.p > 0.0)),
-    );
-    Tensor::<2>::from_dispatch(y).reshape(out)
-}
-
-/// `[…, K]` as `[M, K]`, and the dims it had.
-fn rows<const D: usize>(x: Tensor<D>) -> (Tensor<2>, [usize; D]) {
-    let dims = x.dims();
-    let rows = dims[..D - 1].iter().product::<usize>();
-    (x.reshape([rows, dims[D - 1]]), dims)
-}
-
-fn dims_out<const D: usize>(mut dims: [usize; D], weight: &Tensor<2>) -> [usize; D] {
-    let [out, inner] = weight.dims();
-    assert_eq!(dims[D - 1], inner, "linear: x has {} columns, the weight [{out}, {inner}]", dims[D - 1]);
-    dims[D - 1] = out;
-    dims
+    let adapter = Some(ProjectionAdapter { a, b, path: AdapterPath::new(scale, dropout) });
+    project(x, Input::Plain, &[Projection { weight, bias: None, adapter }], None)
 }

@@ -1,10 +1,129 @@
 use burn::backend::tensor::FloatTensor;
-use burn::backend::{Backend, backend_extension};
+use burn::backend::{Backend, ExtensionType, backend_extension};
 
 use super::{AdapterPath, generic};
-use crate::body::plain_backends;
+use crate::activation::Gate;
 
-/// Products with a frozen weight. The default bodies run on any backend and are the reference for the others.
+/// A frozen weight `[N, K]` as it is stored.
+#[derive(Clone, Debug, ExtensionType)]
+pub enum Weight<B: Backend> {
+    /// f32, bf16 or f16 numbers.
+    Dense(FloatTensor<B>),
+}
+
+/// A tensor that an operation may have or not.
+#[derive(Clone, Debug, ExtensionType)]
+pub enum Optional<B: Backend> {
+    /// It has not.
+    Absent,
+    /// It has.
+    Present(FloatTensor<B>),
+}
+
+impl<B: Backend> Optional<B> {
+    /// The tensor.
+    pub fn into_option(self) -> Option<FloatTensor<B>> {
+        match self {
+            Self::Absent => None,
+            Self::Present(tensor) => Some(tensor),
+        }
+    }
+}
+
+/// The factors of an adapter.
+#[derive(Clone, Debug, ExtensionType)]
+pub enum LowRank<B: Backend> {
+    /// There is no adapter.
+    Absent,
+    /// A `[r, K]` and B `[N, r]` of the input's dtype.
+    Present {
+        /// A.
+        a: FloatTensor<B>,
+        /// B.
+        b: FloatTensor<B>,
+    },
+}
+
+/// One projection of an input.
+#[derive(Clone, Debug, ExtensionType)]
+pub struct Projected<B: Backend> {
+    /// W.
+    #[extension_type]
+    pub weight: Weight<B>,
+    /// `[N]`.
+    #[extension_type]
+    pub bias: Optional<B>,
+    /// A and B.
+    #[extension_type]
+    pub adapter: LowRank<B>,
+    /// Scale and dropout of the adapter.
+    pub path: AdapterPath,
+}
+
+/// The projections of one input.
+#[derive(Clone, Debug, ExtensionType)]
+pub enum Group<B: Backend> {
+    /// One.
+    One(#[extension_type] Projected<B>),
+    /// Two, such as gate and up.
+    Two(#[extension_type] Projected<B>, #[extension_type] Projected<B>),
+    /// Three: query, key and value.
+    Three(#[extension_type] Projected<B>, #[extension_type] Projected<B>, #[extension_type] Projected<B>),
+}
+
+impl<B: Backend> Group<B> {
+    /// One to three projections.
+    ///
+    /// # Panics
+    /// When there are none, or more.
+    pub(super) fn of(projections: impl Iterator<Item = Projected<B>>) -> Self {
+        let all: Vec<Projected<B>> = projections.collect();
+        let count = all.len();
+        let mut all = all.into_iter();
+        match (all.next(), all.next(), all.next(), all.next()) {
+            (Some(first), None, ..) => Self::One(first),
+            (Some(first), Some(second), None, _) => Self::Two(first, second),
+            (Some(first), Some(second), Some(third), None) => Self::Three(first, second, third),
+            _ => panic!("project: expected one to three projections, found {count}"),
+        }
+    }
+
+    /// In order.
+    pub fn into_vec(self) -> Vec<Projected<B>> {
+        match self {
+            Self::One(first) => vec![first],
+            Self::Two(first, second) => vec![first, second],
+            Self::Three(first, second, third) => vec![first, second, third],
+        }
+    }
+}
+
+/// What leads from x to the input h of the projections.
+#[derive(Clone, Debug, ExtensionType)]
+pub enum Prologue<B: Backend> {
+    /// h = x.
+    Plain,
+    /// h = w ⊙ x / rms(x).
+    Normed {
+        /// w, `[K]`.
+        weight: FloatTensor<B>,
+        /// Added to the mean square.
+        eps: f32,
+    },
+    /// h = act(gate) ⊙ up, where x is gate and up side by side.
+    Gated(Gate),
+}
+
+/// The gradients of a group.
+#[derive(Debug)]
+pub struct LinearGrads<B: Backend> {
+    /// dx, where it was asked for.
+    pub dx: Option<FloatTensor<B>>,
+    /// (dA, dB) of each projection, where it has an adapter.
+    pub adapters: Vec<Option<(FloatTensor<B>, FloatTensor<B>)>>,
+}
+
+/// Products with frozen weights, differentiable.
 #[backend_extension(
     Autodiff,
     Flex: cfg(feature = "flex"),
@@ -12,40 +131,58 @@ use crate::body::plain_backends;
     Cube: cfg(any(feature = "wgpu", feature = "cuda"))
 )]
 pub trait LinearOps: Backend {
-    /// y = x Wᵀ. `x` `[M, K]`, `w` `[N, K]` in any float format.
-    fn frozen_linear(x: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
-        generic::frozen::<Self>(x, w)
-    }
-
-    /// dx = dy W.
-    fn frozen_linear_backward(grad: FloatTensor<Self>, w: FloatTensor<Self>) -> FloatTensor<Self> {
-        generic::frozen_backward::<Self>(grad, w)
-    }
-
-    /// y = x Wᵀ + s · dropout(x) Aᵀ Bᵀ.
-    fn lora_linear(
+    /// The outputs of the group side by side, `[M, Σ N_i]`, plus the residual.
+    fn project(
         x: FloatTensor<Self>,
-        w: FloatTensor<Self>,
-        a: FloatTensor<Self>,
-        b: FloatTensor<Self>,
-        path: AdapterPath,
+        #[extension_type] prologue: Prologue<Self>,
+        #[extension_type] group: Group<Self>,
+        #[extension_type] residual: Optional<Self>,
+    ) -> FloatTensor<Self>;
+}
+
+/// The bodies on a backend without autodiff. The default ones run anywhere and are the reference for the others.
+pub trait LinearBodies: Backend {
+    /// See [`LinearOps::project`].
+    fn project_forward(
+        x: FloatTensor<Self>,
+        prologue: Prologue<Self>,
+        projections: Vec<Projected<Self>>,
+        residual: Option<FloatTensor<Self>>,
     ) -> FloatTensor<Self> {
-        generic::lora::<Self>(x, w, a, b, path)
+        generic::forward::<Self>(x, prologue, projections, residual)
     }
 
-    /// (dx where it is needed, dA, dB).
-    #[allow(clippy::too_many_arguments)]
-    fn lora_linear_backward(
+    /// The gradients for `grad`, that of the result. The residual's is `grad` itself.
+    fn project_backward(
         grad: FloatTensor<Self>,
         x: FloatTensor<Self>,
-        w: FloatTensor<Self>,
-        a: FloatTensor<Self>,
-        b: FloatTensor<Self>,
-        path: AdapterPath,
+        prologue: Prologue<Self>,
+        projections: Vec<Projected<Self>>,
         need_dx: bool,
-    ) -> (Option<FloatTensor<Self>>, FloatTensor<Self>, FloatTensor<Self>) {
-        generic::lora_backward::<Self>(grad, x, w, a, b, path, need_dx)
+    ) -> LinearGrads<Self> {
+        generic::backward::<Self>(grad, x, prologue, projections, need_dx)
     }
 }
 
-plain_backends!(LinearOps);
+macro_rules! plain_linear_ops {
+    ($backend:ty) => {
+        impl LinearOps for $backend {
+            fn project(
+                x: FloatTensor<Self>,
+                prologue: Prologue<Self>,
+                group: Group<Self>,
+                residual: Optional<Self>,
+            ) -> FloatTensor<Self> {
+                Self::project_forward(x, prologue, group.into_vec(), residual.into_option())
+            }
+        }
+    };
+}
+#[cfg(feature = "flex")]
+plain_linear_ops!(burn::backend::Flex);
+#[cfg(feature = "ndarray")]
+plain_linear_ops!(burn_ndarray::NdArray);
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+plain_linear_ops!(burn::backend::Cube);
+
+crate::body::plain_backends!(LinearBodies);

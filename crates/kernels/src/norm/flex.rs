@@ -23,14 +23,35 @@ vectorised! {
 }
 
 vectorised! {
-    fn backward_row(grad: &[f32], x: &[f32], w: &[f32], factor: f32, dx: &mut [f32]) {
+    fn factor_of(x: &[f32], eps: f32) -> f32 {
+        1.0 / (lane_sum(x.len(), |i| x[i] * x[i]) / x.len() as f32 + eps).sqrt()
+    }
+}
+
+vectorised! {
+    /// dx over the gradient of the norm.
+    fn backward_over(grad: &mut [f32], x: &[f32], w: &[f32], factor: f32) {
         let n = x.len();
-        let (grad, w, dx) = (&grad[..n], &w[..n], &mut dx[..n]);
+        let (grad, w) = (&mut grad[..n], &w[..n]);
         let mean = lane_sum(n, |i| grad[i] * w[i] * (x[i] * factor)) / n as f32;
         for i in 0..n {
-            dx[i] = factor * (grad[i] * w[i] - x[i] * factor * mean);
+            grad[i] = factor * (grad[i] * w[i] - x[i] * factor * mean);
         }
     }
+}
+
+/// f of each row.
+pub(crate) fn factors(x: &Rows, eps: f32) -> Vec<f32> {
+    x.par_iter().with_min_len(x.rows_per_task()).map(|x| factor_of(x, eps)).collect()
+}
+
+/// Turns the gradient of the norm into that of x.
+pub(crate) fn backward_in_place(grad: &mut [f32], x: &Rows, w: &Rows, factors: &[f32]) {
+    grad.par_chunks_mut(x.width())
+        .zip(x.par_iter())
+        .zip(factors)
+        .with_min_len(x.rows_per_task())
+        .for_each(|((grad, x), factor)| backward_over(grad, x, w.values(), *factor));
 }
 
 impl NormOps for Flex {
@@ -56,14 +77,9 @@ impl NormOps for Flex {
         if [&grad, &x, &w].iter().any(|t| t.dtype() != DType::F32) {
             return generic::backward::<Self>(grad, x, w, factor);
         }
-        let (grad, x, w, factor) = (Rows::of(&grad), Rows::of(&x), Rows::of(&w), Rows::of(&factor));
-        let mut dx = vec![0f32; x.len()];
-        dx.par_chunks_mut(x.width())
-            .zip(grad.par_iter())
-            .zip(x.par_iter())
-            .zip(factor.values())
-            .with_min_len(x.rows_per_task())
-            .for_each(|(((dx, grad), x), factor)| backward_row(grad, x, w.values(), *factor, dx));
+        let (x, w, factor) = (Rows::of(&x), Rows::of(&w), Rows::of(&factor));
+        let mut dx = Rows::of(&grad).values().to_vec();
+        backward_in_place(&mut dx, &x, &w, factor.values());
         f32_tensor(dx, [x.count(), x.width()])
     }
 }

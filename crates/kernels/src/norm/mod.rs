@@ -8,7 +8,7 @@
 //! Llama does it.
 
 #[cfg(feature = "flex")]
-mod flex;
+pub(crate) mod flex;
 pub mod generic;
 
 use burn::backend::autodiff::NodeId;

@@ -1,0 +1,201 @@
+//! Matrix products whose operands are made while they are packed.
+//!
+//! ```text
+//! C [m, n] = start + Σ_t L_t [m, k_t] · R_t [k_t, n]
+//! ```
+//!
+//! A general product copies both operands into the order in which its inner loop reads them. Here that copy is where
+//! everything else happens: a bf16 weight is widened, a row is normalised, gate and up are combined, an element is
+//! dropped out. So none of these exists as a tensor, and none costs a pass over memory. The terms share one pass over C,
+//! which is how a low-rank update costs no second `[m, n]` buffer.
+//!
+//! The scheme is that of Goto & van de Geijn (*Anatomy of High-Performance Matrix Multiplication*, 2008): [`pack`] lays
+//! out panels, [`tile`] multiplies a panel pair in registers. L is packed once and shared by all products with it; R, the
+//! weight, is packed once by the task that owns its columns. Which thread computes an element decides nothing about it,
+//! so results do not depend on the number of threads.
+
+mod pack;
+mod source;
+mod tile;
+
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+pub(crate) use pack::{Lanes, Left, Operand, Source};
+pub(crate) use source::{Below, Dropped, Gated, Matrix, Normed, Stored};
+
+use tile::{Target, Task};
+
+/// Columns of C that a task owns: their part of R stays in the second-level cache.
+const TASK_COLUMNS: usize = 4 * tile::NR;
+
+/// One product L · R of a sum.
+pub(crate) struct Term<'a> {
+    pub left: &'a Left,
+    /// R: lanes are its columns.
+    pub right: Operand<'a>,
+}
+
+/// What C begins with.
+#[derive(Clone, Copy)]
+pub(crate) enum Start<'a> {
+    Zero,
+    /// What it holds.
+    Kept,
+    /// One value per column.
+    Bias(&'a [f32]),
+    /// A matrix with rows like those of C; its columns are numbered as C's.
+    Values(Matrix<'a>),
+}
+
+/// The columns `first..first + columns` of C.
+pub(crate) struct Job<'a> {
+    pub first: usize,
+    pub columns: usize,
+    pub terms: Vec<Term<'a>>,
+    pub start: Start<'a>,
+}
+
+/// A fresh `[rows, columns]` matrix, whose columns the jobs share out among them.
+pub(crate) fn product(rows: usize, columns: usize, jobs: &[Job]) -> Vec<f32> {
+    let mut out: Vec<f32> = Vec::with_capacity(rows * columns);
+    let mut next = 0;
+    for job in jobs {
+        assert_eq!(job.first, next, "the jobs leave out columns");
+        assert!(!matches!(job.start, Start::Kept), "there is nothing to keep");
+        next += job.columns;
+    }
+    assert_eq!(next, columns, "the jobs leave out columns");
+    run(rows, columns, jobs, &mut out.spare_capacity_mut()[..rows * columns]);
+    // SAFETY: the jobs cover every column, as was checked above, and each writes all rows of its columns.
+    unsafe { out.set_len(rows * columns) };
+    out
+}
+
+/// Adds to a `[rows, columns]` matrix.
+pub(crate) fn accumulate(rows: usize, columns: usize, terms: Vec<Term>, out: &mut [f32]) {
+    assert_eq!(out.len(), rows * columns);
+    let job = Job { first: 0, columns, terms, start: Start::Kept };
+    // SAFETY: an initialised element is a valid `MaybeUninit`, and no uninitialised one is ever written.
+    let out = unsafe { std::slice::from_raw_parts_mut(out.as_mut_ptr().cast::<MaybeUninit<f32>>(), out.len()) };
+    run(rows, columns, &[job], out);
+}
+
+fn run(rows: usize, stride: usize, jobs: &[Job], out: &mut [MaybeUninit<f32>]) {
+    if rows == 0 {
+        return;
+    }
+    let target = Target::new(out, stride);
+    let mut tasks: Vec<(&Job, Range<usize>)> = Vec::new();
+    for job in jobs {
+        assert!(job.first + job.columns <= stride);
+        for term in &job.terms {
+            assert_eq!(term.left.rows(), rows, "an operand has other rows than the product");
+        }
+        tasks.extend(ranges(job.columns, TASK_COLUMNS).map(|columns| (job, columns)));
+    }
+    // Whole columns go round evenly as long as there are as many left as threads; the rest is cut into rows, so that no
+    // thread waits for a last long task.
+    let threads = rayon::current_num_threads();
+    let even = tasks.len() / threads * threads;
+    let pieces = if even < tasks.len() { threads.div_ceil(tasks.len() - even) } else { 1 };
+    let height = rows.div_ceil(pieces).next_multiple_of(tile::MR);
+    let whole = tasks[..even].iter().map(|(job, columns)| (*job, columns.clone(), 0..rows));
+    let cut =
+        tasks[even..].iter().flat_map(|(job, columns)| ranges(rows, height).map(|rows| (*job, columns.clone(), rows)));
+    let tasks: Vec<_> = whole.chain(cut).collect();
+    tasks.into_par_iter().with_max_len(1).for_each(|(job, columns, rows)| {
+        // SAFETY: the tasks are disjoint parts of C: jobs own disjoint columns (`product` checks that they follow each
+        // other, `accumulate` has one), tasks of a job disjoint columns or disjoint rows of the same columns.
+        unsafe { tile::run(Task { job, columns, rows }, &target) };
+    });
+}
+
+/// `0..len` in steps of `step`.
+fn ranges(len: usize, step: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..len).step_by(step.max(1)).map(move |first| first..len.min(first + step))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn values(seed: u64, len: usize) -> Vec<f32> {
+        (0..len).map(|i| crate::rng::uniform(seed, i as u64) - 0.5).collect()
+    }
+
+    /// Σ over terms, by definition.
+    fn expected(m: usize, n: usize, terms: &[(usize, &[f32], &[f32])], start: &[f32]) -> Vec<f64> {
+        let mut c: Vec<f64> = start.iter().map(|v| f64::from(*v)).collect();
+        for &(k, left, right) in terms {
+            for i in 0..m {
+                for j in 0..n {
+                    c[i * n + j] +=
+                        (0..k).map(|p| f64::from(left[i * k + p]) * f64::from(right[p * n + j])).sum::<f64>();
+                }
+            }
+        }
+        c
+    }
+
+    fn transposed(rows: usize, columns: usize, values: &[f32]) -> Vec<f32> {
+        (0..rows * columns).map(|i| values[i % rows * columns + i / rows]).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn sums_of_products_match_their_definition(
+            m in 1usize..40, n in 1usize..150, k in 1usize..900, r in 1usize..9, seed: u64, along_rows: bool,
+        ) {
+            let (left, right) = (values(seed, m * k), values(seed ^ 1, k * n));
+            let (low_left, low_right) = (values(seed ^ 2, m * r), values(seed ^ 3, r * n));
+            let start = values(seed ^ 4, m * n);
+            let (left_t, right_t) = (transposed(m, k, &left), transposed(k, n, &right));
+            let (l, r_) = match along_rows {
+                true => (Matrix::new(&left, k), Matrix::new(&right_t, k)),
+                false => (Matrix::new(&left_t, m), Matrix::new(&right, n)),
+            };
+            let lanes = if along_rows { Lanes::Rows } else { Lanes::Columns };
+            let low = Matrix::new(&low_left, r);
+            let packed = Left::pack(m, k, Operand::new(&l, lanes));
+            let packed_low = Left::pack(m, r, Operand::new(&low, Lanes::Rows));
+            let low_right_matrix = Matrix::new(&low_right, n);
+            let terms = || vec![
+                Term { left: &packed, right: Operand::new(&r_, lanes) },
+                Term { left: &packed_low, right: Operand::new(&low_right_matrix, Lanes::Columns) },
+            ];
+            let all = [(k, &left[..], &right[..]), (r, &low_left[..], &low_right[..])];
+            let reference = expected(m, n, &all, &start);
+            let check = |found: &[f32]| found.iter().zip(&reference).all(|(f, e)| (f64::from(*f) - e).abs() < 2e-4);
+
+            let job = Job { first: 0, columns: n, terms: terms(), start: Start::Values(Matrix::new(&start, n)) };
+            prop_assert!(check(&product(m, n, &[job])));
+            let mut kept = start.clone();
+            accumulate(m, n, terms(), &mut kept);
+            prop_assert!(check(&kept));
+        }
+    }
+
+    #[test]
+    fn jobs_share_an_operand_and_a_matrix() {
+        let (m, k) = (13, 20);
+        let (x, w, bias) = (values(1, m * k), values(2, 70 * k), values(3, 70));
+        let source = Matrix::new(&x, k);
+        let left = Left::pack(m, k, Operand::new(&source, Lanes::Rows));
+        let parts = [Matrix::new(&w[..30 * k], k), Matrix::new(&w[30 * k..], k)];
+        let job = |first, columns, part| Job {
+            first,
+            columns,
+            terms: vec![Term { left: &left, right: Operand::new(part, Lanes::Rows) }],
+            start: Start::Bias(&bias[first..first + columns]),
+        };
+        let found = product(m, 70, &[job(0, 30, &parts[0]), job(30, 40, &parts[1])]);
+        let start: Vec<f32> = (0..m * 70).map(|i| bias[i % 70]).collect();
+        let expected = expected(m, 70, &[(k, &x, &transposed(k, 70, &w))], &start);
+        assert!(found.iter().zip(&expected).all(|(f, e)| (f64::from(*f) - e).abs() < 1e-5));
+    }
+}

@@ -1,0 +1,174 @@
+//! What products read: plain matrices, and functions of them that never exist as a whole.
+
+use burn::backend::flex::FlexTensor;
+use burn::tensor::DType;
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+use super::Source;
+use crate::Dropout;
+use crate::flex::contiguous;
+use crate::simd::{sigmoid, vectorised};
+
+/// A row-major f32 matrix.
+#[derive(Clone, Copy, derive_new::new)]
+pub(crate) struct Matrix<'a> {
+    data: &'a [f32],
+    /// Elements from row to row.
+    stride: usize,
+}
+
+impl<'a> Matrix<'a> {
+    /// Part of a row.
+    #[inline(always)]
+    pub(crate) fn row(&self, row: usize, first: usize, count: usize) -> &'a [f32] {
+        &self.data[row * self.stride + first..][..count]
+    }
+}
+
+impl Source for Matrix<'_> {
+    #[inline(always)]
+    fn read(&self, row: usize, first: usize, out: &mut [f32]) {
+        out.copy_from_slice(self.row(row, first, out.len()));
+    }
+}
+
+/// A row-major matrix in a 16-bit format.
+#[derive(Clone, Copy, derive_new::new)]
+pub(crate) struct Half<'a, H> {
+    data: &'a [H],
+    stride: usize,
+}
+
+vectorised! {
+    fn widen(values: &[bf16], out: &mut [f32]) {
+        for (out, value) in out.iter_mut().zip(values) {
+            *out = f32::from_bits(u32::from(value.to_bits()) << 16);
+        }
+    }
+}
+
+impl Source for Half<'_, bf16> {
+    fn read(&self, row: usize, first: usize, out: &mut [f32]) {
+        widen(&self.data[row * self.stride + first..][..out.len()], out);
+    }
+}
+
+impl Source for Half<'_, f16> {
+    fn read(&self, row: usize, first: usize, out: &mut [f32]) {
+        let values = &self.data[row * self.stride + first..][..out.len()];
+        values.convert_to_f32_slice(out);
+    }
+}
+
+/// w ⊙ x · f with one factor f per row: the root-mean-square norm of x.
+#[derive(Clone, Copy, derive_new::new)]
+pub(crate) struct Normed<'a> {
+    x: Matrix<'a>,
+    weight: &'a [f32],
+    factors: &'a [f32],
+}
+
+vectorised! {
+    fn normed(x: &[f32], weight: &[f32], factor: f32, out: &mut [f32]) {
+        let (x, weight) = (&x[..out.len()], &weight[..out.len()]);
+        for i in 0..out.len() {
+            out[i] = x[i] * factor * weight[i];
+        }
+    }
+}
+
+impl Source for Normed<'_> {
+    fn read(&self, row: usize, first: usize, out: &mut [f32]) {
+        normed(self.x.row(row, first, out.len()), &self.weight[first..], self.factors[row], out);
+    }
+}
+
+/// silu(gate) ⊙ up, where a row is gate and up side by side.
+#[derive(Clone, Copy, derive_new::new)]
+pub(crate) struct Gated<'a> {
+    gate_up: Matrix<'a>,
+    width: usize,
+}
+
+vectorised! {
+    fn gated(gate: &[f32], up: &[f32], out: &mut [f32]) {
+        let (gate, up) = (&gate[..out.len()], &up[..out.len()]);
+        for i in 0..out.len() {
+            out[i] = gate[i] * sigmoid(gate[i]) * up[i];
+        }
+    }
+}
+
+impl Source for Gated<'_> {
+    fn read(&self, row: usize, first: usize, out: &mut [f32]) {
+        let (gate, up) =
+            (self.gate_up.row(row, first, out.len()), self.gate_up.row(row, self.width + first, out.len()));
+        gated(gate, up, out);
+    }
+}
+
+/// A source with dropout on its elements, which are numbered row by row.
+#[derive(Clone, Copy, derive_new::new)]
+pub(crate) struct Dropped<'a> {
+    source: &'a dyn Source,
+    columns: usize,
+    dropout: Dropout,
+}
+
+impl Source for Dropped<'_> {
+    fn read(&self, row: usize, first: usize, out: &mut [f32]) {
+        self.source.read(row, first, out);
+        let begin = row * self.columns + first;
+        for (i, value) in out.iter_mut().enumerate() {
+            *value *= self.dropout.factor(begin + i);
+        }
+    }
+}
+
+/// The rows of a source from one on.
+#[derive(Clone, Copy, derive_new::new)]
+pub(crate) struct Below<'a> {
+    source: &'a dyn Source,
+    first: usize,
+}
+
+impl Source for Below<'_> {
+    fn read(&self, row: usize, first: usize, out: &mut [f32]) {
+        self.source.read(self.first + row, first, out);
+    }
+}
+
+/// A frozen weight `[N, K]` in the format that it is stored in.
+pub(crate) enum Stored {
+    F32(FlexTensor),
+    Bf16(FlexTensor),
+    F16(FlexTensor),
+}
+
+impl Stored {
+    /// `None` for a format that is not read here.
+    pub(crate) fn of(w: &FlexTensor) -> Option<Self> {
+        match w.dtype() {
+            DType::F32 => Some(Self::F32(contiguous(w))),
+            DType::BF16 => Some(Self::Bf16(contiguous(w))),
+            DType::F16 => Some(Self::F16(contiguous(w))),
+            _ => None,
+        }
+    }
+
+    /// `[N, K]`.
+    pub(crate) fn dims(&self) -> [usize; 2] {
+        let (Self::F32(w) | Self::Bf16(w) | Self::F16(w)) = self;
+        [w.layout().shape()[0], w.layout().shape()[1]]
+    }
+
+    pub(crate) fn source(&self) -> Box<dyn Source + '_> {
+        let [_, k] = self.dims();
+        match self {
+            Self::F32(w) => Box::new(Matrix::new(&w.storage::<f32>()[w.layout().start_offset()..], k)),
+            Self::Bf16(w) => Box::new(Half::new(&w.storage::<bf16>()[w.layout().start_offset()..], k)),
+            Self::F16(w) => Box::new(Half::new(&w.storage::<f16>()[w.layout().start_offset()..], k)),
+        }
+    }
+}

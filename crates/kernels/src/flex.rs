@@ -1,4 +1,4 @@
-//! What the CPU bodies share: strided views of a tensor's storage and the general matrix product.
+//! What the CPU bodies share: views of a tensor's storage, and small matrix products.
 
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::tensor::{Bytes, DType, Shape};
@@ -17,17 +17,6 @@ pub(crate) struct Mat<'a> {
 }
 
 impl<'a> Mat<'a> {
-    /// The view of a two-dimensional f32 tensor, whatever its strides.
-    pub fn of(tensor: &'a FlexTensor) -> Self {
-        let (shape, strides) = (tensor.layout().shape(), tensor.layout().strides());
-        assert_eq!(shape.num_dims(), 2, "a matrix has two dimensions, found {shape:?}");
-        Self::strided(
-            &tensor.storage::<f32>()[tensor.layout().start_offset()..],
-            [shape[0], shape[1]],
-            [strides[0], strides[1]],
-        )
-    }
-
     /// A row-major view of `data`.
     pub fn slice(data: &'a [f32], rows: usize, cols: usize) -> Self {
         Self::strided(data, [rows, cols], [cols as isize, 1])
@@ -36,17 +25,6 @@ impl<'a> Mat<'a> {
     /// `rows` rows of `cols` neighbours each, `stride` elements from row to row.
     pub fn rows_of(data: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
         Self::strided(data, [rows, cols], [stride as isize, 1])
-    }
-
-    /// Whether the elements of a row are neighbours.
-    pub fn has_contiguous_rows(self) -> bool {
-        self.col_stride == 1
-    }
-
-    /// A row of a matrix whose rows are contiguous.
-    pub fn row(self, row: usize) -> &'a [f32] {
-        assert_eq!(self.col_stride, 1, "the row is not contiguous");
-        &self.data[row * self.row_stride as usize..][..self.cols]
     }
 
     fn strided(data: &'a [f32], [rows, cols]: [usize; 2], [row_stride, col_stride]: [isize; 2]) -> Self {
@@ -59,40 +37,11 @@ impl<'a> Mat<'a> {
     pub fn t(self) -> Self {
         Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
     }
-
-    /// Columns `first..first + count`.
-    pub fn columns(self, first: usize, count: usize) -> Self {
-        assert!(first + count <= self.cols);
-        Self { data: &self.data[first * self.col_stride as usize..], cols: count, ..self }
-    }
 }
 
-/// Multiply-adds below which a product stays on one thread: waking a second one costs about as much.
-const PARALLEL_FROM: usize = 192 * 192 * 192;
-
-/// `dst (+)= factor · lhs · rhs`, `dst` row-major with `stride` elements from row to row, on all cores.
-pub(crate) fn gemm(dst: &mut [f32], stride: usize, accumulate: bool, factor: f32, lhs: Mat, rhs: Mat) {
-    let parallelism = match lhs.rows * rhs.cols * lhs.cols >= PARALLEL_FROM {
-        true => gemm::Parallelism::Rayon(0),
-        false => gemm::Parallelism::None,
-    };
-    product(dst, stride, accumulate, factor, lhs, rhs, parallelism);
-}
-
-/// [`gemm`] on the calling thread, for products inside parallel tasks.
+/// `dst (+)= factor · lhs · rhs` on the calling thread, for small products inside parallel tasks; `dst` is row-major with
+/// `stride` elements from row to row.
 pub(crate) fn gemm_serial(dst: &mut [f32], stride: usize, accumulate: bool, factor: f32, lhs: Mat, rhs: Mat) {
-    product(dst, stride, accumulate, factor, lhs, rhs, gemm::Parallelism::None);
-}
-
-fn product(
-    dst: &mut [f32],
-    stride: usize,
-    accumulate: bool,
-    factor: f32,
-    lhs: Mat,
-    rhs: Mat,
-    parallelism: gemm::Parallelism,
-) {
     assert_eq!(lhs.cols, rhs.rows, "inner dimensions differ");
     let (m, n, k) = (lhs.rows, rhs.cols, lhs.cols);
     if m == 0 || n == 0 {
@@ -121,7 +70,7 @@ fn product(
             false,
             false,
             false,
-            parallelism,
+            gemm::Parallelism::None,
         );
     }
 }
@@ -193,14 +142,4 @@ pub(crate) fn integers(tensor: &FlexTensor) -> Vec<usize> {
         DType::I32 => tensor.storage::<i32>()[offset..][..len].iter().map(|v| *v as usize).collect(),
         other => panic!("expected an i64 or i32 tensor, found {other:?}"),
     }
-}
-
-/// Widens half-precision values on all cores.
-pub(crate) fn half_to_f32<H: Copy + Sync>(values: &[H], out: &mut [f32], widen: impl Fn(H) -> f32 + Sync) {
-    const CHUNK: usize = 1 << 14;
-    out.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK)).for_each(|(out, values)| {
-        for (out, &value) in out.iter_mut().zip(values) {
-            *out = widen(value);
-        }
-    });
 }

@@ -29,7 +29,7 @@ mod rules;
 pub use adapter::Adapter;
 pub use attach::{AttachReport, AttachedModule, attach, detach, trainable_parameters};
 pub use error::LoraError;
-pub use linear::LoraLinear;
+pub use linear::{LoraLinear, project};
 pub use options::{Exclude, LoraOptions, Targets};
 pub use pass::{DropoutKey, Pass};
 pub use projections::Projections;

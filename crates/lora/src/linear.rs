@@ -1,6 +1,6 @@
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{DType, Tensor};
-use emberlora_kernels::{frozen_linear, lora_linear};
+use emberlora_kernels::{AdapterPath, Input, Projection, ProjectionAdapter};
 
 use crate::{Adapter, Pass};
 
@@ -60,19 +60,17 @@ impl LoraLinear {
     /// # Panics
     /// When the last axis of `x` is not `in_features`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>, pass: &Pass) -> Tensor<D> {
-        let dtype = x.dtype();
-        let weight = self.weight.val();
-        let y = match self.adapter.as_ref().filter(|_| pass.adapters) {
-            Some(adapter) => {
-                let (a, b) = (adapter.a.val().cast(dtype), adapter.b.val().cast(dtype));
-                lora_linear(x, weight, a, b, adapter.scale, adapter.dropout(pass))
-            }
-            None => frozen_linear(x, weight),
-        };
-        match &self.bias {
-            Some(bias) => y + bias.val().cast(dtype).unsqueeze(),
-            None => y,
-        }
+        project(x, Input::Plain, &[self], None, pass)
+    }
+
+    /// The layer as an operation takes it.
+    fn projection(&self, dtype: DType, pass: &Pass) -> Projection {
+        let adapter = self.adapter.as_ref().filter(|_| pass.adapters).map(|adapter| ProjectionAdapter {
+            a: adapter.a.val().cast(dtype),
+            b: adapter.b.val().cast(dtype),
+            path: AdapterPath::new(adapter.scale, adapter.dropout(pass)),
+        });
+        Projection { weight: self.weight.val(), bias: self.bias.as_ref().map(|bias| bias.val().cast(dtype)), adapter }
     }
 
     /// `W + s · B A` in f32, `[out_features, in_features]`, outside of autodiff: the weight of a plain linear layer
@@ -84,6 +82,26 @@ impl LoraLinear {
             None => weight,
         }
     }
+}
+
+/// Applies up to three layers to one input; their outputs lie side by side.
+///
+/// # Shapes
+/// * `x`: `[…, in_features]`, or gate and up side by side for [`Input::Gated`]
+/// * `residual`: `[…, Σ out_features]`, added to the result
+/// * result: `[…, Σ out_features]` in the dtype of `x`
+///
+/// # Panics
+/// As [`emberlora_kernels::project`].
+pub fn project<const D: usize>(
+    x: Tensor<D>,
+    input: Input,
+    layers: &[&LoraLinear],
+    residual: Option<Tensor<D>>,
+    pass: &Pass,
+) -> Tensor<D> {
+    let projections: Vec<Projection> = layers.iter().map(|layer| layer.projection(x.dtype(), pass)).collect();
+    emberlora_kernels::project(x, input, &projections, residual)
 }
 
 /// A parameter that no optimizer touches: not required to have a gradient and no part of any graph.

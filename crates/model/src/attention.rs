@@ -2,8 +2,8 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
-use emberlora_kernels::{AttentionOptions, attention, rms_norm, rope};
-use emberlora_lora::LoraLinear;
+use emberlora_kernels::{AttentionOptions, Input, attention, rms_norm, rope};
+use emberlora_lora::{LoraLinear, project};
 
 use crate::block::Context;
 use crate::cache::LayerCache;
@@ -24,6 +24,16 @@ pub(crate) struct SplitQkv {
     pub q_proj: LoraLinear,
     pub k_proj: LoraLinear,
     pub v_proj: LoraLinear,
+}
+
+impl QkvProjection {
+    /// In the order of their outputs.
+    fn layers(&self) -> Vec<&LoraLinear> {
+        match self {
+            Self::Split(SplitQkv { q_proj, k_proj, v_proj }) => vec![q_proj, k_proj, v_proj],
+            Self::Fused(qkv_proj) => vec![qkv_proj],
+        }
+    }
 }
 
 /// `self_attn` of one block.
@@ -51,11 +61,22 @@ pub(crate) struct AttentionShape {
 }
 
 impl Attention {
-    /// `[B, S, E]` to `[B, S, E]`, or to the rows that are [needed](Context::needed).
-    pub(crate) fn forward(&self, x: Tensor<3>, context: &Context, cache: Option<&mut LayerCache>) -> Tensor<3> {
+    /// `[B, S, E]` to `[B, S, E]`, or to the rows that are [needed](Context::needed). `input` is what the projections see
+    /// of `x`, and `residual` is added to the result.
+    pub(crate) fn forward(
+        &self,
+        x: Tensor<3>,
+        input: Input,
+        residual: Option<Tensor<3>>,
+        context: &Context,
+        cache: Option<&mut LayerCache>,
+    ) -> Tensor<3> {
         let [batch, seq, _] = x.dims();
         let shape = &self.shape;
-        let (q, k, v) = self.project(x, context);
+        let qkv = project(x, input, &self.qkv.layers(), None, &context.pass);
+        let (q, kv) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
+        let part = |from: usize, width: usize| qkv.clone().narrow(2, from, width);
+        let (q, k, v) = (part(0, q), part(q, kv), part(q + kv, kv));
         let q = rope(self.heads(q, shape.heads, &self.q_norm), context.cos.clone(), context.sin.clone());
         let k = rope(self.heads(k, shape.kv_heads, &self.k_norm), context.cos.clone(), context.sin.clone());
         let v = v.reshape([batch, seq, shape.kv_heads, shape.head_dim]);
@@ -67,23 +88,7 @@ impl Attention {
         let options = AttentionOptions { scale, window: shape.window, kind: context.attention };
         let y = attention(q, k, v, context.spans.clone(), options);
         let y = context.needed(y.reshape([batch, seq, shape.heads * shape.head_dim]));
-        self.o_proj.forward(y, &context.pass)
-    }
-
-    fn project(&self, x: Tensor<3>, context: &Context) -> (Tensor<3>, Tensor<3>, Tensor<3>) {
-        match &self.qkv {
-            QkvProjection::Split(SplitQkv { q_proj, k_proj, v_proj }) => (
-                q_proj.forward(x.clone(), &context.pass),
-                k_proj.forward(x.clone(), &context.pass),
-                v_proj.forward(x, &context.pass),
-            ),
-            QkvProjection::Fused(qkv_proj) => {
-                let (q, kv) = (self.shape.heads * self.shape.head_dim, self.shape.kv_heads * self.shape.head_dim);
-                let qkv = qkv_proj.forward(x, &context.pass);
-                let part = |from: usize, width: usize| qkv.clone().narrow(2, from, width);
-                (part(0, q), part(q, kv), part(q + kv, kv))
-            }
-        }
+        project(y, Input::Plain, &[&self.o_proj], residual, &context.pass)
     }
 
     /// `[B, S, heads * head_dim]` to `[B, S, heads, head_dim]`, normalised where the family does.

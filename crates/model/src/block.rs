@@ -2,7 +2,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{Int, Tensor};
-use emberlora_kernels::{AttentionKind, rms_norm};
+use emberlora_kernels::{AttentionKind, Input, rms_norm};
 use emberlora_lora::{LoraLinear, Pass};
 
 use crate::attention::{Attention, QkvProjection};
@@ -49,16 +49,23 @@ pub(crate) struct Block {
 impl Block {
     /// `[B, S, E]` to `[B, S, E]`, or to the rows that are [needed](Context::needed).
     pub(crate) fn forward(&self, x: Tensor<3>, context: &Context, cache: Option<&mut LayerCache>) -> Tensor<3> {
-        let attention = |h| self.self_attn.forward(h, context, cache);
-        let x = context.needed(x.clone()) + self.normed(x, &self.attention_norm, attention);
-        x.clone() + self.normed(x, &self.mlp_norm, |h| self.mlp.forward(h, &context.pass))
+        let residual = context.needed(x.clone());
+        if self.post_norms {
+            let y = self.self_attn.forward(x, Input::Plain, None, context, cache);
+            let x = residual + self.normed(y, &self.attention_norm);
+            let y = self.mlp.forward(x.clone(), Input::Plain, None, &context.pass);
+            return x + self.normed(y, &self.mlp_norm);
+        }
+        let x = self.self_attn.forward(x, self.input(&self.attention_norm), Some(residual), context, cache);
+        self.mlp.forward(x.clone(), self.input(&self.mlp_norm), Some(x), &context.pass)
     }
 
-    fn normed(&self, x: Tensor<3>, norm: &Param<Tensor<1>>, f: impl FnOnce(Tensor<3>) -> Tensor<3>) -> Tensor<3> {
-        match self.post_norms {
-            true => rms_norm(f(x), norm.val(), self.eps),
-            false => f(rms_norm(x, norm.val(), self.eps)),
-        }
+    fn normed(&self, x: Tensor<3>, norm: &Param<Tensor<1>>) -> Tensor<3> {
+        rms_norm(x, norm.val(), self.eps)
+    }
+
+    fn input(&self, norm: &Param<Tensor<1>>) -> Input {
+        Input::Normed { weight: norm.val(), eps: self.eps }
     }
 
     /// Every projection with its name inside the block.

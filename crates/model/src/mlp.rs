@@ -2,8 +2,8 @@
 
 use burn::module::Module;
 use burn::tensor::Tensor;
-use emberlora_kernels::swiglu;
-use emberlora_lora::{LoraLinear, Pass};
+use emberlora_kernels::{Gate, Input};
+use emberlora_lora::{LoraLinear, Pass, project};
 
 /// The projections into the MLP, named as in the files.
 #[expect(clippy::large_enum_variant, reason = "all blocks of a model are of one variant")]
@@ -30,18 +30,14 @@ pub(crate) struct Mlp {
 }
 
 impl Mlp {
-    /// `[B, S, E]` to `[B, S, E]`.
-    pub(crate) fn forward(&self, x: Tensor<3>, pass: &Pass) -> Tensor<3> {
-        let (gate, up) = match &self.gate_up {
+    /// `[B, S, E]` to `[B, S, E]`. `input` is what gate and up see of `x`, and `residual` is added to the result.
+    pub(crate) fn forward(&self, x: Tensor<3>, input: Input, residual: Option<Tensor<3>>, pass: &Pass) -> Tensor<3> {
+        let gate_up = match &self.gate_up {
             GateUpProjection::Split(SplitGateUp { gate_proj, up_proj }) => {
-                (gate_proj.forward(x.clone(), pass), up_proj.forward(x, pass))
+                project(x, input, &[gate_proj, up_proj], None, pass)
             }
-            GateUpProjection::Fused(gate_up_proj) => {
-                let both = gate_up_proj.forward(x, pass);
-                let width = both.dims()[2] / 2;
-                (both.clone().narrow(2, 0, width), both.narrow(2, width, width))
-            }
+            GateUpProjection::Fused(gate_up_proj) => project(x, input, &[gate_up_proj], None, pass),
         };
-        self.down_proj.forward(swiglu(gate, up), pass)
+        project(gate_up, Input::Gated(Gate::Silu), &[&self.down_proj], residual, pass)
     }
 }

@@ -226,7 +226,6 @@ fn forward(
         _ => {
             let left = Left::pack(rows, inner, Operand::new(h, Lanes::Rows));
             let low = Low::hidden(rows, h, &left, inner, &parts, &sources).packed(rows, &sources);
-            let start = residual.as_ref().map_or(Start::Zero, |r| Start::Values(Matrix::new(r.values(), width)));
             let jobs: Vec<Job> = parts
                 .iter()
                 .enumerate()
@@ -235,6 +234,11 @@ fn forward(
                     if let (Some(left), Some((_, b, _))) = (&low[i], &sources.factors[i]) {
                         terms.push(Term { left, right: Operand::new(b, Lanes::Rows) });
                     }
+                    let start = match (&residual, &part.bias) {
+                        (Some(residual), _) => Start::Values(Matrix::new(residual.values(), width)),
+                        (None, Some(bias)) => Start::Bias(bias.values()),
+                        (None, None) => Start::Zero,
+                    };
                     Job { first: part.first, columns: part.columns, terms, start }
                 })
                 .collect();
@@ -242,7 +246,8 @@ fn forward(
         }
     });
     for part in &parts {
-        if let Some(bias) = &part.bias {
+        // Where there is no residual the product has begun with the bias.
+        if let (Some(bias), true) = (&part.bias, residual.is_some() || rows <= FEW_ROWS) {
             y.par_chunks_exact_mut(width).for_each(|row| {
                 row[part.first..][..part.columns].iter_mut().zip(bias.values()).for_each(|(y, bias)| *y += bias);
             });

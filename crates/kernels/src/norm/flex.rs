@@ -9,12 +9,18 @@ use super::{NormOps, generic};
 use crate::flex::{Rows, f32_tensor};
 use crate::simd::{lane_sum, vectorised};
 
+/// f of a row.
+#[inline(always)]
+fn factor_of(x: &[f32], eps: f32) -> f32 {
+    1.0 / (lane_sum(x.len(), |i| x[i] * x[i]) / x.len() as f32 + eps).sqrt()
+}
+
 vectorised! {
     /// Writes w ⊙ x · f and returns f.
     fn forward_row(x: &[f32], w: &[f32], y: &mut [f32], eps: f32) -> f32 {
         let n = x.len();
         let (w, y) = (&w[..n], &mut y[..n]);
-        let factor = 1.0 / (lane_sum(n, |i| x[i] * x[i]) / n as f32 + eps).sqrt();
+        let factor = factor_of(x, eps);
         for i in 0..n {
             y[i] = x[i] * factor * w[i];
         }
@@ -23,8 +29,8 @@ vectorised! {
 }
 
 vectorised! {
-    fn factor_of(x: &[f32], eps: f32) -> f32 {
-        1.0 / (lane_sum(x.len(), |i| x[i] * x[i]) / x.len() as f32 + eps).sqrt()
+    fn factor(x: &[f32], eps: f32) -> f32 {
+        factor_of(x, eps)
     }
 }
 
@@ -42,7 +48,7 @@ vectorised! {
 
 /// f of each row.
 pub(crate) fn factors(x: &Rows, eps: f32) -> Vec<f32> {
-    x.par_iter().with_min_len(x.rows_per_task()).map(|x| factor_of(x, eps)).collect()
+    x.par_iter().with_min_len(x.rows_per_task()).map(|x| factor(x, eps)).collect()
 }
 
 /// Turns the gradient of the norm into that of x.

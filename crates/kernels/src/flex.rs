@@ -99,6 +99,11 @@ impl Rows {
         self.values().par_chunks_exact(self.width)
     }
 
+    /// The tensor, contiguous.
+    pub fn tensor(&self) -> FlexTensor {
+        self.tensor.clone()
+    }
+
     pub fn len(&self) -> usize {
         self.len
     }

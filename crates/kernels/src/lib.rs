@@ -30,6 +30,9 @@ mod simd;
 
 pub use activation::{Gate, GluOps, glu, swiglu};
 pub use adamw::{AdamWOps, AdamWStep, adamw, sum_squares, undo_adamw};
+pub use attention::qkv::{
+    HeadLayout, HeadNorms, Norms, QkvBodies, QkvContext, QkvOps, RotaryTables, qkv_attention, qkv_heads,
+};
 pub use attention::{AttentionKind, AttentionOps, AttentionOptions, attention};
 pub use cross_entropy::{CrossEntropyBodies, CrossEntropyOps, linear_cross_entropy};
 pub use linear::{
@@ -44,6 +47,7 @@ pub mod reference {
     pub use crate::activation::generic as activation;
     pub use crate::adamw::generic as adamw;
     pub use crate::attention::generic as attention;
+    pub use crate::attention::qkv::generic as qkv;
     pub use crate::cross_entropy::generic as cross_entropy;
     pub use crate::linear::generic as linear;
     pub use crate::norm::generic as norm;

@@ -4,10 +4,10 @@ mod support;
 
 use burn::backend::Flex;
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{Device, Tensor};
 use emberlora_kernels::{
-    AdapterPath, AttentionKind, AttentionOps, AttentionOptions, CrossEntropyOps, Dropout, Gate, GluOps, LinearOps,
-    NormOps, RopeOps, reference,
+    AttentionKind, AttentionOps, AttentionOptions, Gate, GluOps, HeadLayout, NormOps, Norms, QkvBodies, QkvContext,
+    RopeOps, RotaryTables, reference,
 };
 use support::forest::Forest;
 use support::*;
@@ -25,73 +25,6 @@ fn device() -> Device {
     let device = Device::flex();
     device.seed(7);
     device
-}
-
-#[test]
-fn linear() {
-    let device = device();
-    let (x, w, g) = (normal([34, 48], 1.0, &device), normal([80, 48], 0.1, &device), normal([34, 80], 1.0, &device));
-    let (a, b) = (normal([4, 48], 0.1, &device), normal([80, 4], 0.1, &device));
-    for w in [w.clone(), w.clone().cast(DType::BF16), w.cast(DType::F16)] {
-        close::<2>(
-            "x Wᵀ",
-            reference::linear::frozen::<Flex>(raw(&x), raw(&w)),
-            Flex::frozen_linear(raw(&x), raw(&w)),
-            2e-6,
-        );
-        close::<2>(
-            "g W",
-            reference::linear::frozen_backward::<Flex>(raw(&g), raw(&w)),
-            Flex::frozen_linear_backward(raw(&g), raw(&w)),
-            2e-6,
-        );
-        for dropout in [None, Some(Dropout::new(0.5, 9))] {
-            let path = AdapterPath::new(0.7, dropout);
-            close::<2>(
-                "y",
-                reference::linear::lora::<Flex>(raw(&x), raw(&w), raw(&a), raw(&b), path),
-                Flex::lora_linear(raw(&x), raw(&w), raw(&a), raw(&b), path),
-                2e-6,
-            );
-            let expected =
-                reference::linear::lora_backward::<Flex>(raw(&g), raw(&x), raw(&w), raw(&a), raw(&b), path, true);
-            let found = Flex::lora_linear_backward(raw(&g), raw(&x), raw(&w), raw(&a), raw(&b), path, true);
-            close::<2>("dx", expected.0.unwrap(), found.0.unwrap(), 2e-6);
-            close::<2>("dA", expected.1, found.1, 2e-6);
-            close::<2>("dB", expected.2, found.2, 2e-6);
-        }
-    }
-}
-
-#[test]
-fn a_weight_of_several_panels() {
-    let device = device();
-    let (x, w) = (normal([3, 1030], 1.0, &device), normal([700, 1030], 0.1, &device).cast(DType::BF16));
-    let g = normal([3, 700], 1.0, &device);
-    close::<2>(
-        "x Wᵀ",
-        reference::linear::frozen::<Flex>(raw(&x), raw(&w)),
-        Flex::frozen_linear(raw(&x), raw(&w)),
-        3e-6,
-    );
-    close::<2>(
-        "g W",
-        reference::linear::frozen_backward::<Flex>(raw(&g), raw(&w)),
-        Flex::frozen_linear_backward(raw(&g), raw(&w)),
-        3e-6,
-    );
-}
-
-#[test]
-fn a_single_row_as_generation_has_it() {
-    let device = device();
-    let (x, w) = (normal([1, 83], 1.0, &device), normal([200, 83], 0.1, &device).cast(DType::BF16));
-    close::<2>(
-        "x Wᵀ",
-        reference::linear::frozen::<Flex>(raw(&x), raw(&w)),
-        Flex::frozen_linear(raw(&x), raw(&w)),
-        3e-6,
-    );
 }
 
 #[test]
@@ -192,42 +125,31 @@ fn attention_over_many_blocks_and_tiles() {
 }
 
 #[test]
-fn loss_over_rows_of_logits() {
+fn attention_on_projected_rows() {
     let device = device();
-    let logits = normal([5, 103], 3.0, &device);
-    let weights = Tensor::<2>::random([5, 1], burn::tensor::Distribution::Uniform(0.1, 1.0), &device);
-    let targets = ints(&[0, 102, 7, 50, 3], [5, 1], &device);
-    let targets = || -> IntTensor<Flex> { targets.clone().try_into_primitive::<Flex>().unwrap() };
-    for with_grad in [true, false] {
-        let expected =
-            reference::cross_entropy::weighted_nll::<Flex>(raw(&logits), targets(), raw(&weights), with_grad);
-        let found = Flex::weighted_nll(raw(&logits), targets(), raw(&weights), with_grad);
-        close::<1>("loss", expected.0, found.0, 2e-6);
-        match (expected.1, found.1) {
-            (Some(expected), Some(found)) => close::<2>("gradient", expected, found, 2e-6),
-            (expected, found) => assert!(expected.is_none() && found.is_none()),
-        }
+    let forest = tree_of_several_blocks();
+    let (batch, seq, layout) = (2, forest.len(), HeadLayout::new(4, 2, 8));
+    let (qkv, g) = (normal([batch, seq, layout.width()], 1.0, &device), normal([batch, seq, 32], 1.0, &device));
+    let angles = normal([batch, seq, 4], 2.0, &device);
+    let spans = ints(&forest.spans().repeat(batch), [batch, seq, 2], &device);
+    let norms = |q: usize, k: usize| Norms::Present {
+        q: raw(&normal([q], 1.0, &device)),
+        k: raw(&normal([k], 1.0, &device)),
+        eps: 1e-5,
+    };
+    for norms in [Norms::Absent, norms(8, 8), norms(32, 16)] {
+        let context = QkvContext::<Flex> {
+            norms,
+            tables: RotaryTables { cos: raw(&angles.clone().cos()), sin: raw(&angles.clone().sin()) },
+            spans: spans.clone().try_into_primitive::<Flex>().unwrap(),
+            layout,
+            options: AttentionOptions::new(0.3, Some(40), AttentionKind::Fused),
+        };
+        let (out, lse) = reference::qkv::forward::<Flex>(raw(&qkv), &context);
+        let found = Flex::qkv_forward(raw(&qkv), &context);
+        close::<3>("O", out.clone(), found.0, 3e-6);
+        close::<4>("lse", lse.clone(), found.1, 3e-6);
+        let expected = reference::qkv::backward::<Flex>(raw(&g), raw(&qkv), out.clone(), lse.clone(), &context);
+        close::<3>("dqkv", expected, Flex::qkv_backward(raw(&g), raw(&qkv), out, lse, &context), 4e-6);
     }
-}
-
-#[test]
-fn views_that_run_backwards_and_empty_inputs() {
-    let device = device();
-    let (x, w, g) = (normal([3, 8], 1.0, &device), normal([6, 8], 1.0, &device), normal([3, 6], 1.0, &device));
-    let flipped = w.clone().flip([0]);
-    close::<2>(
-        "x Wᵀ",
-        reference::linear::frozen::<Flex>(raw(&x), raw(&flipped)),
-        Flex::frozen_linear(raw(&x), raw(&flipped)),
-        2e-6,
-    );
-    close::<2>(
-        "g W",
-        reference::linear::frozen_backward::<Flex>(raw(&g), raw(&flipped)),
-        Flex::frozen_linear_backward(raw(&g), raw(&flipped)),
-        2e-6,
-    );
-    let (none, wide) = (Tensor::<2>::zeros([0, 600], &device), normal([600, 600], 1.0, &device).cast(DType::BF16));
-    let dx = Tensor::<2>::from_primitive::<Flex>(Flex::frozen_linear_backward(raw(&none), raw(&wide)));
-    assert_eq!(dx.dims(), [0, 600]);
 }

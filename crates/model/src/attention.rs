@@ -2,7 +2,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
-use emberlora_kernels::{AttentionOptions, Input, attention, rms_norm, rope};
+use emberlora_kernels::{AttentionOptions, HeadLayout, HeadNorms, Input, attention, qkv_attention, qkv_heads};
 use emberlora_lora::{LoraLinear, project};
 
 use crate::block::Context;
@@ -54,8 +54,6 @@ pub(crate) struct AttentionShape {
     pub heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
-    /// Whether the norms see one head at a time rather than the whole projection.
-    pub norm_per_head: bool,
     pub eps: f32,
     pub window: Option<usize>,
 }
@@ -72,33 +70,25 @@ impl Attention {
         cache: Option<&mut LayerCache>,
     ) -> Tensor<3> {
         let [batch, seq, _] = x.dims();
-        let shape = &self.shape;
+        let AttentionShape { heads, kv_heads, head_dim, window, .. } = self.shape;
+        let layout = HeadLayout::new(heads, kv_heads, head_dim);
+        let options = AttentionOptions { scale: (head_dim as f32).powf(-0.5), window, kind: context.attention };
+        let (norms, tables) = (self.norms(), (context.cos.clone(), context.sin.clone()));
         let qkv = project(x, input, &self.qkv.layers(), None, &context.pass);
-        let (q, kv) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
-        let part = |from: usize, width: usize| qkv.clone().narrow(2, from, width);
-        let (q, k, v) = (part(0, q), part(q, kv), part(q + kv, kv));
-        let q = rope(self.heads(q, shape.heads, &self.q_norm), context.cos.clone(), context.sin.clone());
-        let k = rope(self.heads(k, shape.kv_heads, &self.k_norm), context.cos.clone(), context.sin.clone());
-        let v = v.reshape([batch, seq, shape.kv_heads, shape.head_dim]);
-        let (k, v) = match cache {
-            Some(cache) => cache.append(k, v),
-            None => (k, v),
+        let y = match cache {
+            None => qkv_attention(qkv, norms.as_ref(), tables, context.spans.clone(), layout, options),
+            Some(cache) => {
+                let (q, k, v) = qkv_heads(qkv, norms.as_ref(), tables, layout);
+                let (k, v) = cache.append(k, v);
+                attention(q, k, v, context.spans.clone(), options).reshape([batch, seq, heads * head_dim])
+            }
         };
-        let scale = (shape.head_dim as f32).powf(-0.5);
-        let options = AttentionOptions { scale, window: shape.window, kind: context.attention };
-        let y = attention(q, k, v, context.spans.clone(), options);
-        let y = context.needed(y.reshape([batch, seq, shape.heads * shape.head_dim]));
+        let y = context.needed(y);
         project(y, Input::Plain, &[&self.o_proj], residual, &context.pass)
     }
 
-    /// `[B, S, heads * head_dim]` to `[B, S, heads, head_dim]`, normalised where the family does.
-    fn heads(&self, x: Tensor<3>, heads: usize, norm: &Option<Param<Tensor<1>>>) -> Tensor<4> {
-        let [batch, seq, _] = x.dims();
-        let split = |x: Tensor<3>| x.reshape([batch, seq, heads, self.shape.head_dim]);
-        match norm {
-            None => split(x),
-            Some(weight) if self.shape.norm_per_head => rms_norm(split(x), weight.val(), self.shape.eps),
-            Some(weight) => split(rms_norm(x, weight.val(), self.shape.eps)),
-        }
+    fn norms(&self) -> Option<HeadNorms> {
+        let (q, k) = (self.q_norm.as_ref()?.val(), self.k_norm.as_ref()?.val());
+        Some(HeadNorms { q, k, eps: self.shape.eps })
     }
 }

@@ -18,6 +18,7 @@ mod autodiff;
 mod flex;
 pub mod generic;
 mod ops;
+pub(crate) mod qkv;
 
 use burn::backend::Dispatch;
 use burn::tensor::{Int, Tensor, activation};

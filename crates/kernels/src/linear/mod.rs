@@ -74,6 +74,7 @@ pub struct ProjectionAdapter {
 }
 
 /// What a projection sees of its input.
+#[expect(clippy::large_enum_variant, reason = "it is made for one call and moved into it")]
 #[derive(Clone, Debug)]
 pub enum Input {
     /// x itself.

@@ -17,7 +17,7 @@ fn factor_of(x: &[f32], eps: f32) -> f32 {
 
 vectorised! {
     /// Writes w ⊙ x · f and returns f.
-    fn forward_row(x: &[f32], w: &[f32], y: &mut [f32], eps: f32) -> f32 {
+    pub(crate) fn forward_row(x: &[f32], w: &[f32], y: &mut [f32], eps: f32) -> f32 {
         let n = x.len();
         let (w, y) = (&w[..n], &mut y[..n]);
         let factor = factor_of(x, eps);
@@ -43,6 +43,13 @@ vectorised! {
         for i in 0..n {
             grad[i] = factor * (grad[i] * w[i] - x[i] * factor * mean);
         }
+    }
+}
+
+vectorised! {
+    /// [`backward_over`] where f was not kept.
+    pub(crate) fn backward_row(grad: &mut [f32], x: &[f32], w: &[f32], eps: f32) {
+        backward_over(grad, x, w, factor_of(x, eps));
     }
 }
 

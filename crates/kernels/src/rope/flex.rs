@@ -11,18 +11,26 @@ use crate::flex::{Rows, f32_tensor_of};
 use crate::simd::vectorised;
 
 vectorised! {
-    fn rotate(x: &[f32], cos: &[f32], sin: &[f32], y: &mut [f32]) {
+    /// Turns a head by the angles of its position.
+    pub(crate) fn rotate(x: &mut [f32], cos: &[f32], sin: &[f32]) {
         let half = cos.len();
-        let (x1, rest) = x.split_at(half);
-        let (x2, rest) = rest.split_at(half);
-        let (y1, tail) = y.split_at_mut(half);
-        let (y2, tail) = tail.split_at_mut(half);
-        let sin = &sin[..half];
+        let (x1, rest) = x.split_at_mut(half);
+        let (x2, sin) = (&mut rest[..half], &sin[..half]);
         for i in 0..half {
-            y1[i] = x1[i] * cos[i] - x2[i] * sin[i];
-            y2[i] = x2[i] * cos[i] + x1[i] * sin[i];
+            (x1[i], x2[i]) = (x1[i] * cos[i] - x2[i] * sin[i], x2[i] * cos[i] + x1[i] * sin[i]);
         }
-        tail.copy_from_slice(rest);
+    }
+}
+
+vectorised! {
+    /// Turns it by the opposite angles.
+    pub(crate) fn rotate_back(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+        let half = cos.len();
+        let (x1, rest) = x.split_at_mut(half);
+        let (x2, sin) = (&mut rest[..half], &sin[..half]);
+        for i in 0..half {
+            (x1[i], x2[i]) = (x1[i] * cos[i] + x2[i] * sin[i], x2[i] * cos[i] - x1[i] * sin[i]);
+        }
     }
 }
 
@@ -34,16 +42,11 @@ impl RopeOps for Flex {
         let shape = x.shape();
         let [_, _, heads, dim] = shape.dims();
         let (x, cos, sin) = (Rows::of(&x), Rows::of(&cos), Rows::of(&sin));
-        let mut y = vec![0f32; x.len()];
+        let mut y = x.values().to_vec();
         y.par_chunks_mut(heads * dim)
-            .zip(x.values().par_chunks(heads * dim))
             .zip(cos.par_iter().zip(sin.par_iter()))
             .with_min_len((1 << 14) / (heads * dim).max(1) + 1)
-            .for_each(|((y, x), (cos, sin))| {
-                for (y, x) in y.chunks_exact_mut(dim).zip(x.chunks_exact(dim)) {
-                    rotate(x, cos, sin, y);
-                }
-            });
+            .for_each(|(y, (cos, sin))| y.chunks_exact_mut(dim).for_each(|head| rotate(head, cos, sin)));
         f32_tensor_of(y, shape)
     }
 }

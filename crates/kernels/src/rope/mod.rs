@@ -9,7 +9,7 @@
 //! needs nothing but the tables.
 
 #[cfg(feature = "flex")]
-mod flex;
+pub(crate) mod flex;
 pub mod generic;
 
 use burn::backend::autodiff::checkpoint::base::Checkpointer;

@@ -203,7 +203,6 @@ impl Loader<'_> {
                 heads: config.num_attention_heads,
                 kv_heads: config.num_key_value_heads,
                 head_dim: config.head_dim,
-                norm_per_head: config.qk_norm == QkNorm::PerHead,
                 eps: config.rms_norm_eps as f32,
                 window: config.windows.get(layer).copied().flatten(),
             },

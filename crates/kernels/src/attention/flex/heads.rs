@@ -11,6 +11,8 @@ use crate::flex::Mat;
 pub struct Heads {
     tensor: FlexTensor,
     dims: [usize; 4],
+    /// The first element in the tensor's storage.
+    offset: usize,
     /// Elements from one batch, row and head to the next.
     strides: [usize; 3],
 }
@@ -26,7 +28,13 @@ impl Heads {
         let dims = tensor.layout().shape().dims();
         let strides = tensor.layout().strides();
         let strides = [strides[0], strides[1], strides[2]].map(|stride| stride as usize);
-        Self { tensor, dims, strides }
+        Self { offset: tensor.layout().start_offset(), tensor, dims, strides }
+    }
+
+    /// Heads side by side from element `first` on in the rows of `width` elements of a contiguous tensor.
+    pub fn within(tensor: FlexTensor, first: usize, width: usize, dims: [usize; 4]) -> Self {
+        let [_, rows, _, dim] = dims;
+        Self { offset: tensor.layout().start_offset() + first, tensor, dims, strides: [rows * width, width, dim] }
     }
 
     pub fn dims(&self) -> [usize; 4] {
@@ -45,7 +53,7 @@ impl Heads {
 
     fn from(&self, batch: usize, row: usize, head: usize) -> &[f32] {
         let [of_batch, of_row, of_head] = self.strides;
-        let offset = self.tensor.layout().start_offset() + batch * of_batch + row * of_row + head * of_head;
+        let offset = self.offset + batch * of_batch + row * of_row + head * of_head;
         &self.tensor.storage::<f32>()[offset..]
     }
 }
@@ -66,6 +74,18 @@ unsafe impl Sync for Results<'_> {}
 impl<'a> Results<'a> {
     pub fn new(values: &'a mut [f32], strides: [usize; 3]) -> Self {
         Self { values: values.as_mut_ptr(), len: values.len(), strides, borrowed: PhantomData }
+    }
+
+    /// Results that lie side by side in the rows of one matrix of `width` columns, each from its element of `firsts` up to
+    /// that of the next.
+    pub fn side_by_side(values: &'a mut [f32], firsts: [usize; 3], [rows, width, dim]: [usize; 3]) -> [Self; 3] {
+        let (start, len) = (values.as_mut_ptr(), values.len());
+        firsts.map(|first| {
+            assert!(first <= len, "a result begins behind the matrix");
+            // SAFETY: inside the slice, as was just checked.
+            let values = unsafe { start.add(first) };
+            Self { values, len: len - first, strides: [rows * width, width, dim], borrowed: PhantomData }
+        })
     }
 
     /// Copies `values` to where a head of a row begins.

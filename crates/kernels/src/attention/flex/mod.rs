@@ -19,7 +19,7 @@ use burn::tensor::DType;
 
 use super::{AttentionOps, AttentionOptions, generic};
 use crate::flex::{f32_tensor, integers};
-use heads::{Heads, Results};
+pub(super) use heads::{Heads, Results};
 use plan::{Block, Spans};
 
 /// Rows of a product that one block of queries aims at.
@@ -80,6 +80,32 @@ fn contiguous_strides(rows: usize, heads: usize, dim: usize) -> [usize; 3] {
     [rows * heads * dim, heads * dim, dim]
 }
 
+/// O `[B, Sq, H, D]` and the log-sum-exp of every row of scores `[B, H, Sq]`.
+pub(super) fn forward(heads: [&Heads; 3], spans: &FlexTensor, options: AttentionOptions) -> (Vec<f32>, Vec<f32>) {
+    let call = Call::new(heads, spans, options);
+    let Call { batch, queries, heads, dim, .. } = call;
+    let mut out = vec![0f32; batch * queries * heads * dim];
+    let mut lse = vec![0f32; batch * heads * queries];
+    forward::forward(
+        &call,
+        &Results::new(&mut out, contiguous_strides(queries, heads, dim)),
+        &Results::new(&mut lse, [heads * queries, 1, queries]),
+    );
+    (out, lse)
+}
+
+/// Writes dQ, dK and dV. `saved` are the gradient of O, O and the log-sum-exp `[B, H, Sq, 1]`.
+pub(super) fn backward(
+    heads: [&Heads; 3],
+    [grad, out, lse]: [&Heads; 3],
+    spans: &FlexTensor,
+    options: AttentionOptions,
+    [dq, dk, dv]: [&Results; 3],
+) {
+    let call = Call::new(heads, spans, options);
+    backward::backward(&call, &backward::Saved { grad, out, lse }, dq, dk, dv);
+}
+
 fn unsupported(tensors: &[&FlexTensor]) -> bool {
     tensors.iter().any(|t| t.dtype() != DType::F32)
 }
@@ -106,15 +132,8 @@ impl AttentionOps for Flex {
             return generic::forward::<Self>(q, k, v, spans, options);
         }
         let [q, k, v] = [q, k, v].map(|t| Heads::of(&t));
-        let call = Call::new([&q, &k, &v], &spans, options);
-        let Call { batch, queries, heads, dim, .. } = call;
-        let mut out = vec![0f32; batch * queries * heads * dim];
-        let mut lse = vec![0f32; batch * heads * queries];
-        forward::forward(
-            &call,
-            &Results::new(&mut out, contiguous_strides(queries, heads, dim)),
-            &Results::new(&mut lse, [heads * queries, 1, queries]),
-        );
+        let [batch, queries, heads, dim] = q.dims();
+        let (out, lse) = forward([&q, &k, &v], &spans, options);
         (f32_tensor(out, [batch, queries, heads, dim]), f32_tensor(lse, [batch, heads, queries, 1]))
     }
 
@@ -132,18 +151,16 @@ impl AttentionOps for Flex {
             return generic::backward::<Self>(grad, q, k, v, out, lse, spans, options);
         }
         let [q, k, v, grad, out, lse] = [q, k, v, grad, out, lse].map(|t| Heads::of(&t));
-        let call = Call::new([&q, &k, &v], &spans, options);
-        let Call { batch, queries, keys, heads, kv_heads, dim, .. } = call;
+        let ([batch, queries, heads, dim], [_, keys, kv_heads, _]) = (q.dims(), k.dims());
         let mut dq = vec![0f32; batch * queries * heads * dim];
         let [mut dk, mut dv] = [(); 2].map(|()| vec![0f32; batch * keys * kv_heads * dim]);
         let strides = contiguous_strides(keys, kv_heads, dim);
-        backward::backward(
-            &call,
-            &backward::Saved { grad: &grad, out: &out, lse: &lse },
+        let results = [
             &Results::new(&mut dq, contiguous_strides(queries, heads, dim)),
             &Results::new(&mut dk, strides),
             &Results::new(&mut dv, strides),
-        );
+        ];
+        backward([&q, &k, &v], [&grad, &out, &lse], &spans, options, results);
         (
             f32_tensor(dq, [batch, queries, heads, dim]),
             f32_tensor(dk, [batch, keys, kv_heads, dim]),

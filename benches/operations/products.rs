@@ -9,7 +9,8 @@ use burn::nn::LinearConfig;
 use burn::nn::loss::CrossEntropyLossConfig;
 use burn::tensor::{DType, Int, Tensor};
 use emberlora::kernels::{
-    AdapterPath, CrossEntropyOps, LinearOps, frozen_linear, linear_cross_entropy, lora_linear, reference,
+    AdapterPath, CrossEntropyBodies, LinearBodies, LowRank, Optional, Projected, Prologue, Weight, frozen_linear,
+    linear_cross_entropy, lora_linear, reference,
 };
 
 use crate::support::{Gemm, alternate, random};
@@ -18,6 +19,29 @@ use crate::{Bench, Contest, HIDDEN, INTERMEDIATE, Products, RANK, VOCABULARY, ba
 /// (in, out) of the gate projection and of the one that goes back.
 const PROJECTIONS: [(usize, usize); 2] = [(HIDDEN, INTERMEDIATE), (INTERMEDIATE, HIDDEN)];
 const SCALE: f32 = 2.0;
+/// Rows of logits at one time, about as many as the operation itself chooses.
+const CHUNK: usize = 256;
+
+/// A projection as bodies take it.
+fn projected(weight: &Tensor<2>, adapter: Option<(&Tensor<2>, &Tensor<2>)>) -> Vec<Projected<Flex>> {
+    let adapter = match adapter {
+        None => LowRank::Absent,
+        Some((a, b)) => LowRank::Present { a: raw(a), b: raw(b) },
+    };
+    let (weight, path) = (Weight::Dense(raw(weight)), AdapterPath::new(SCALE, None));
+    vec![Projected { weight, bias: Optional::Absent, adapter, path }]
+}
+
+/// Forward and backward of projections through a pair of bodies.
+macro_rules! body {
+    ($forward:path, $backward:path, $x:expr, $projected:expr) => {
+        &mut || {
+            let (x, projected) = (raw($x), $projected);
+            let y = $forward(x.clone(), Prologue::Plain, projected.clone(), None);
+            black_box($backward(seed(y), x, Prologue::Plain, projected, true));
+        }
+    };
+}
 
 pub fn measure(bench: &Bench) {
     for (k, n) in PROJECTIONS {
@@ -39,21 +63,18 @@ fn frozen(bench: &Bench, k: usize, n: usize) {
     let weight = random([n, k], 0.05, device);
     let burn = LinearConfig::new(k, n).with_bias(false).init(device).no_grad();
     let gemm = Gemm::new(*tokens, n, k, device);
-    macro_rules! body {
-        ($forward:path, $backward:path) => {
-            &mut || {
-                let y = $forward(raw(&x), raw(&weight));
-                black_box($backward(seed(y), raw(&weight)));
-            }
-        };
-    }
     bench.compare(Contest {
         name: &name,
         products: Some(Products { flop: gemm.flop(), gemm: &gemm }),
         ours: &mut || backward(frozen_linear(x.clone(), weight.clone())),
         burn: &mut || backward(burn.forward(x.clone())),
-        body: body!(Flex::frozen_linear, Flex::frozen_linear_backward),
-        generic: body!(reference::linear::frozen::<Flex>, reference::linear::frozen_backward::<Flex>),
+        body: body!(Flex::project_forward, Flex::project_backward, &x, projected(&weight, None)),
+        generic: body!(
+            reference::linear::forward::<Flex>,
+            reference::linear::backward::<Flex>,
+            &x,
+            projected(&weight, None)
+        ),
     });
 }
 
@@ -71,23 +92,18 @@ fn lora(bench: &Bench, k: usize, n: usize) {
     let gemm = Gemm::new(*tokens, n, k, device);
     // Forward: x Aᵀ and its product with Bᵀ. Backward: dy B, dA, dB and the part of dx that goes through the adapter.
     let adapter = 6.0 * (tokens * RANK * (k + n)) as f64;
-    let path = AdapterPath::new(SCALE, None);
-    macro_rules! body {
-        ($forward:path, $backward:path) => {
-            &mut || {
-                let (x, w, a, b) = (raw(&x), raw(&weight), raw(&a), raw(&b));
-                let y = $forward(x.clone(), w.clone(), a.clone(), b.clone(), path);
-                black_box($backward(seed(y), x, w, a, b, path, true));
-            }
-        };
-    }
     bench.compare(Contest {
         name: &name,
         products: Some(Products { flop: gemm.flop() + adapter, gemm: &gemm }),
         ours: &mut || backward(lora_linear(x.clone(), weight.clone(), a.clone(), b.clone(), SCALE, None)),
         burn: &mut || backward(burn.forward(x.clone())),
-        body: body!(Flex::lora_linear, Flex::lora_linear_backward),
-        generic: body!(reference::linear::lora::<Flex>, reference::linear::lora_backward::<Flex>),
+        body: body!(Flex::project_forward, Flex::project_backward, &x, projected(&weight, Some((&a, &b)))),
+        generic: body!(
+            reference::linear::forward::<Flex>,
+            reference::linear::backward::<Flex>,
+            &x,
+            projected(&weight, Some((&a, &b)))
+        ),
     });
 }
 
@@ -105,9 +121,6 @@ fn head(bench: &Bench, rows: usize) {
     let burn = CrossEntropyLossConfig::new().init(device);
     let gemm = Gemm::new(rows, VOCABULARY, HIDDEN, device);
     let ids = || -> IntTensor<Flex> { targets.clone().try_into_primitive::<Flex>().expect("a tensor of flex") };
-    let column = || -> IntTensor<Flex> {
-        targets.clone().reshape([rows, 1]).try_into_primitive::<Flex>().expect("a tensor of flex")
-    };
     bench.compare(Contest {
         name: &name,
         products: Some(Products { flop: gemm.flop(), gemm: &gemm }),
@@ -116,14 +129,11 @@ fn head(bench: &Bench, rows: usize) {
         },
         burn: &mut || backward(burn.forward(hidden.clone().matmul(head.clone().transpose()), tracked.clone())),
         body: &mut || {
-            black_box(Flex::linear_cross_entropy_with_grad(raw(&hidden), raw(&head), ids(), raw(&weights)));
+            black_box(Flex::head_loss(raw(&hidden), raw(&head), ids(), raw(&weights), true, CHUNK));
         },
         generic: &mut || {
-            let logits = reference::linear::frozen::<Flex>(raw(&hidden), raw(&head));
-            let weights = raw(&weights.clone().reshape([rows, 1]));
-            let (loss, grad) = reference::cross_entropy::weighted_nll::<Flex>(logits, column(), weights, true);
-            let grad = grad.expect("asked for");
-            black_box((loss, reference::linear::frozen_backward::<Flex>(grad, raw(&head))));
+            let (hidden, head, weights) = (raw(&hidden), raw(&head), raw(&weights));
+            black_box(reference::cross_entropy::head_loss::<Flex>(hidden, head, ids(), weights, true, rows));
         },
     });
 }

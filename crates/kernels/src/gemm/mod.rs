@@ -195,7 +195,7 @@ mod tests {
         };
         let found = product(m, 70, &[job(0, 30, &parts[0]), job(30, 40, &parts[1])]);
         let start: Vec<f32> = (0..m * 70).map(|i| bias[i % 70]).collect();
-        let expected = expected(m, 70, &[(k, &x, &transposed(k, 70, &w))], &start);
+        let expected = expected(m, 70, &[(k, &x, &transposed(70, k, &w))], &start);
         assert!(found.iter().zip(&expected).all(|(f, e)| (f64::from(*f) - e).abs() < 1e-5));
     }
 }

@@ -51,6 +51,16 @@ choice! {
     }
 }
 
+choice! {
+    /// Whether documents of a packed row share the tokens that they begin with.
+    pub enum SharePrefix {
+        /// Wherever that changes nothing but the time it takes.
+        Auto = "auto";
+        /// Never.
+        Off = "off";
+    }
+}
+
 /// Which chat template turns messages into text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ChatTemplateChoice {
@@ -100,7 +110,7 @@ section! {
         chat_template: ChatTemplateChoice = value(ChatTemplateChoice::Auto) => TemplateSpec;
         /// Which tokens of a conversation are trained: every assistant turn, only the last, or all tokens.
         loss_on: LossOn = value(LossOn::Assistant) => choice();
-        /// Longest row in tokens; with packing, the length of a packed row.
+        /// Longest row in tokens; with packing, the length of a packed row, in which a shared token counts once.
         max_seq_len: usize = value(1024) => whole().at_least(2);
         /// What becomes of a row longer than `max_seq_len`: its end is cut off, it is dropped and counted, or the run
         /// stops.
@@ -108,6 +118,11 @@ section! {
         /// Pack several documents into one row. Attention and positions stop at each document's border, so this changes
         /// speed and never the loss.
         packing: bool = value(true) => boolean();
+        /// With packing, compute the tokens that several documents of a row begin with once, such as a system prompt or
+        /// the prompt of several completions; documents that have many in common are packed together. This changes speed
+        /// and never the loss. `auto` leaves it off, and says so, with `adapter.dropout` above 0 and for a model whose
+        /// position embeddings depend on the length of a row.
+        share_prefix: SharePrefix = value(SharePrefix::Auto) => choice();
         /// Shuffle the rows of every epoch. The order depends on `seed` and the epoch alone.
         shuffle: bool = value(true) => boolean();
     }

@@ -44,7 +44,7 @@ use serde_json::json;
 
 pub use self::adapter::{AdapterKind, AdapterSection, Exclude, Targets, TaskType};
 pub use self::choices::{DeviceChoice, GradientCheckpointing, Quantization};
-pub use self::data::{ChatTemplateChoice, DataFormat, DataSection, DataSource, LossOn, Overflow};
+pub use self::data::{ChatTemplateChoice, DataFormat, DataSection, DataSource, LossOn, Overflow, SharePrefix};
 pub use self::error::{ConfigError, Place, Problem};
 pub use self::model::{Attention, Dtype, ModelSection};
 pub use self::run::RunConfig;

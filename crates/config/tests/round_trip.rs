@@ -123,17 +123,21 @@ fn data() -> impl Strategy<Value = DataSection> {
     let loss_on = select(vec![LossOn::Assistant, LossOn::LastAssistant, LossOn::All]);
     let overflow = select(vec![Overflow::Truncate, Overflow::Drop, Overflow::Error]);
     let first = (vec(source(), 1..3), vec(source(), 0..3), formats(), template);
-    (first, loss_on, 2..=usize::MAX, overflow, any::<bool>(), any::<bool>()).prop_map(
-        |((train, eval, format, template), loss_on, max_seq_len, overflow, packing, shuffle)| DataSection {
-            train,
-            eval,
-            format,
-            chat_template: template,
-            loss_on,
-            max_seq_len,
-            overflow,
-            packing,
-            shuffle,
+    let share_prefix = select(vec![SharePrefix::Auto, SharePrefix::Off]);
+    (first, loss_on, 2..=usize::MAX, overflow, any::<bool>(), share_prefix, any::<bool>()).prop_map(
+        |((train, eval, format, template), loss_on, max_seq_len, overflow, packing, share_prefix, shuffle)| {
+            DataSection {
+                train,
+                eval,
+                format,
+                chat_template: template,
+                loss_on,
+                max_seq_len,
+                overflow,
+                packing,
+                share_prefix,
+                shuffle,
+            }
         },
     )
 }

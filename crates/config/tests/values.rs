@@ -53,6 +53,7 @@ data:
   max_seq_len: 1024
   overflow: truncate
   packing: true
+  share_prefix: auto
   shuffle: true
 train:
   epochs: 1

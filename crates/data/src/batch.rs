@@ -1,5 +1,6 @@
 //! What the trainer sees: rectangular blocks of tokens and the labels that count.
 
+use crate::packing::common_prefix;
 use crate::{Document, RowRef};
 
 /// One label: the hidden state at `position` has to predict `token`.
@@ -43,13 +44,25 @@ pub struct Batch {
     pub computed: usize,
     /// Where the documents come from, row by row.
     pub documents: Vec<RowRef>,
+    /// Flat index of the last token of each of `documents`; the tokens that it may attend to are the whole document.
+    pub last_tokens: Vec<u32>,
 }
 
 impl Batch {
-    /// Lays out documents, row by row, one after the other, and fills up short rows with `pad`.
+    /// Lays out documents, row by row, one after the other, and fills up short rows with `pad`. Documents without tokens
+    /// are left out.
     pub fn new(rows: &[Vec<&Document>], pad: u32) -> Self {
-        let layouts: Vec<RowLayout> = rows.iter().map(|row| RowLayout::new(row)).collect();
-        let seq = layouts.iter().map(|row| row.ids.len()).max().unwrap_or(0);
+        Self::assemble(rows.iter().map(|row| RowLayout::new(row)).collect(), pad)
+    }
+
+    /// As [`Batch::new`], but each row becomes a forest in which its documents share the tokens that they begin with. The
+    /// documents of a row are in the order of their tokens, and every prefix is there once.
+    pub fn shared(rows: &[Vec<&Document>], pad: u32) -> Self {
+        Self::assemble(rows.iter().map(|row| RowLayout::shared(row)).collect(), pad)
+    }
+
+    fn assemble(rows: Vec<RowLayout<'_>>, pad: u32) -> Self {
+        let seq = rows.iter().map(|row| row.ids.len()).max().unwrap_or(0);
         let size = rows.len() * seq;
         let mut batch = Batch {
             rows: rows.len(),
@@ -58,11 +71,12 @@ impl Batch {
             positions: Vec::with_capacity(size),
             ends: Vec::with_capacity(size),
             targets: Vec::new(),
-            tokens: rows.iter().flatten().map(|document| document.ids.len()).sum(),
-            computed: layouts.iter().map(|row| row.ids.len()).sum(),
-            documents: rows.iter().flatten().map(|document| document.source.clone()).collect(),
+            tokens: 0,
+            computed: 0,
+            documents: Vec::new(),
+            last_tokens: Vec::new(),
         };
-        for row in layouts {
+        for row in rows {
             batch.push_row(row, pad);
         }
         batch
@@ -81,11 +95,17 @@ impl Batch {
         }
     }
 
-    fn push_row(&mut self, row: RowLayout, pad: u32) {
+    fn push_row(&mut self, row: RowLayout<'_>, pad: u32) {
         let begin = self.ids.len() as u32;
         let filled = row.ids.len();
         let missing = self.seq - filled;
         self.targets.extend(row.targets().map(|target| Target { position: begin + target.position, ..target }));
+        for (document, last) in row.documents {
+            self.tokens += document.ids.len();
+            self.documents.push(document.source.clone());
+            self.last_tokens.push(begin + last);
+        }
+        self.computed += filled;
         self.ids.extend(row.ids);
         self.ids.extend(std::iter::repeat_n(pad, missing));
         self.positions.extend(row.positions);
@@ -96,33 +116,72 @@ impl Batch {
 }
 
 /// The documents of a row, before it is known how much padding follows.
-struct RowLayout {
+#[derive(Default)]
+struct RowLayout<'a> {
     ids: Vec<u32>,
     positions: Vec<u32>,
     ends: Vec<u32>,
+    /// Each document with the column of its last token.
+    documents: Vec<(&'a Document, u32)>,
     /// Column and token of each label of each document.
     labels: Vec<(u32, u32)>,
+    /// The columns of the document that was laid out last.
+    path: Vec<u32>,
 }
 
-impl RowLayout {
-    fn new(documents: &[&Document]) -> Self {
-        let mut row = RowLayout { ids: Vec::new(), positions: Vec::new(), ends: Vec::new(), labels: Vec::new() };
+impl<'a> RowLayout<'a> {
+    fn new(documents: &[&'a Document]) -> Self {
+        let mut row = Self::default();
         for document in documents {
-            row.push(document);
+            row.push(document, 0);
         }
-        row.labels.sort_unstable();
-        row
+        row.finish()
     }
 
-    fn push(&mut self, document: &Document) {
-        let first = self.ids.len() as u32;
-        let length = document.ids.len() as u32;
-        self.ids.extend_from_slice(&document.ids);
-        self.positions.extend(0..length);
-        self.ends.extend(std::iter::repeat_n(first + length, length as usize));
+    fn shared(documents: &[&'a Document]) -> Self {
+        let mut row = Self::default();
+        // In this order, the documents that begin with a prefix are neighbours: what a document has in common with the
+        // one before it is all that it has in common with any one before it.
+        let mut documents = documents.to_vec();
+        documents.sort_by(|a, b| a.ids.cmp(&b.ids));
+        let mut before: &[u32] = &[];
+        for document in documents {
+            row.push(document, common_prefix(before, &document.ids));
+            before = &document.ids;
+        }
+        row.finish()
+    }
+
+    /// Lays out a document that goes on from the first `shared` tokens of the one before it.
+    fn push(&mut self, document: &'a Document, shared: usize) {
+        self.leave(shared);
+        for (position, &id) in document.ids.iter().enumerate().skip(shared) {
+            self.path.push(self.ids.len() as u32);
+            self.ids.push(id);
+            self.positions.push(position as u32);
+            // Known when the last document that goes on from here has been laid out.
+            self.ends.push(0);
+        }
+        if let Some(&last) = self.path.last() {
+            self.documents.push((document, last));
+        }
         // From 1: nothing in this document precedes its first token.
         let trained = (1..document.ids.len()).filter(|&i| document.trained[i]);
-        self.labels.extend(trained.map(|i| (first + i as u32 - 1, document.ids[i])));
+        self.labels.extend(trained.map(|i| (self.path[i - 1], document.ids[i])));
+    }
+
+    /// No document to come goes on from the current path beyond its first `kept` tokens.
+    fn leave(&mut self, kept: usize) {
+        let end = self.ids.len() as u32;
+        for column in self.path.drain(kept..) {
+            self.ends[column as usize] = end;
+        }
+    }
+
+    fn finish(mut self) -> Self {
+        self.leave(0);
+        self.labels.sort_unstable();
+        self
     }
 
     fn targets(&self) -> impl Iterator<Item = Target> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use crate::encode::{Encoded, Encoder, Outcome};
-use crate::epoch::{Batches, Group, Layout, measure_padding, plan};
+use crate::epoch::{Batches, Epochs, Group, Layout};
 use crate::options::{DataOptions, Source};
 use crate::report::{Counts, DataReport, FileReport};
 use crate::row::{FormatChoice, detect, parse_object};
@@ -18,9 +18,7 @@ use crate::{DataError, Document, Progress, RowError, RowRef, Tokenizer};
 /// Only ids and labels are kept, five bytes a token; the text of the rows is not.
 #[derive(Clone, Debug)]
 pub struct Dataset {
-    documents: Vec<Document>,
-    groups: Vec<Group>,
-    layout: Layout,
+    epochs: Epochs,
     pad: u32,
     /// What loading found.
     pub report: DataReport,
@@ -56,9 +54,7 @@ impl Dataset {
         }
 
         let layout = options.layout();
-        let padding = measure_padding(&documents, &groups, layout, options.seed);
-        let report = DataReport { files, counts, packing: layout.packing, padding };
-        Ok(Dataset { documents, groups, layout, pad: padding_id(tokenizer), report })
+        Ok(Self::new(Epochs::new(documents, groups, layout), padding_id(tokenizer), files, counts, options.seed))
     }
 
     /// Takes documents that were made elsewhere; `pad` fills up short rows.
@@ -86,47 +82,53 @@ impl Dataset {
             return Err(nothing_trained(files, &counts, max_seq_len));
         }
         let groups = vec![Group { documents: 0..documents.len(), weight: 1.0 }];
-        let padding = measure_padding(&documents, &groups, layout, 0);
-        let report = DataReport { files: Vec::new(), counts, packing: layout.packing, padding };
-        Ok(Dataset { documents, groups, layout, pad, report })
+        Ok(Self::new(Epochs::new(documents, groups, layout), pad, Vec::new(), counts, 0))
+    }
+
+    fn new(epochs: Epochs, pad: u32, files: Vec<FileReport>, counts: Counts, seed: u64) -> Self {
+        let (padding, first_epoch) = epochs.measure(seed);
+        let Layout { packing, .. } = epochs.layout;
+        let share_prefix = epochs.layout.sharing();
+        let report = DataReport { files, counts, packing, padding, share_prefix, first_epoch };
+        Dataset { epochs, pad, report }
     }
 
     /// Every document once, in the order of the files.
     pub fn documents(&self) -> &[Document] {
-        &self.documents
+        &self.epochs.documents
     }
 
     /// The batches of an epoch. Their content and order depend on the data, the options, `seed` and `epoch`, never on
     /// which epochs were asked for before.
     pub fn batches(&self, seed: u64, epoch: u64) -> Batches<'_> {
-        let rows = plan(&self.documents, &self.groups, self.layout, seed, epoch);
-        Batches::new(&self.documents, rows, self.layout.batch_size, self.pad)
+        self.epochs.batches(seed, epoch, self.pad)
     }
 
     /// Optimizer steps in an epoch: one for every `accumulation` batches, and one for what is left at the end.
     ///
-    /// Only fractional weights with packing can make this differ between epochs.
+    /// Only packing can make this differ between epochs: with fractional weights or with shared prefixes.
     pub fn steps_in_epoch(&self, seed: u64, epoch: u64, accumulation: usize) -> usize {
         self.batches(seed, epoch).total().div_ceil(accumulation.max(1))
     }
 
     /// Optimizer steps in a run of `epochs` epochs, at most `usize::MAX`. A part of an epoch is that part of its steps,
-    /// rounded up.
+    /// rounded up. Where epochs differ, each is packed to be counted, but those after the first thousand count as the
+    /// first.
     pub fn total_steps(&self, seed: u64, epochs: f64, accumulation: usize) -> usize {
+        const COUNTED: u64 = 1000;
         let whole = epochs.floor().max(0.0) as u64;
-        // A share of the rows has the same size in every epoch, but not the same lengths to pack.
-        let same_every_epoch = !self.layout.packing || self.groups.iter().all(|group| group.weight.fract() == 0.0);
-        let in_whole_epochs = if same_every_epoch {
-            self.steps_in_epoch(seed, 0, accumulation).saturating_mul(usize::try_from(whole).unwrap_or(usize::MAX))
-        } else {
-            let steps = (0..whole).map(|epoch| self.steps_in_epoch(seed, epoch, accumulation));
-            steps.fold(0, usize::saturating_add)
+        let steps = |epoch| self.steps_in_epoch(seed, epoch, accumulation);
+        let counted = if self.epochs.are_equally_long() { 0 } else { whole.min(COUNTED) };
+        let alike = match whole - counted {
+            0 => 0,
+            alike => steps(0).saturating_mul(usize::try_from(alike).unwrap_or(usize::MAX)),
         };
+        let in_whole_epochs = (0..counted).map(steps).fold(alike, usize::saturating_add);
         let part = epochs - whole as f64;
         if part <= 0.0 {
             return in_whole_epochs;
         }
-        in_whole_epochs.saturating_add((part * self.steps_in_epoch(seed, whole, accumulation) as f64).ceil() as usize)
+        in_whole_epochs.saturating_add((part * steps(whole) as f64).ceil() as usize)
     }
 }
 

@@ -6,6 +6,7 @@
 //! * [`mask`]: from trained bytes to trained tokens
 //! * [`Dataset::load`]: files of rows, told apart by their content and their first row, to documents and a report
 //! * [`Dataset::batches`]: documents to the packed or padded batches of an epoch, in an order of its own
+//! * [`Batch`]: rows as forests, in which documents share the tokens that they begin with
 //! * [`inspect()`]: single rows as the model will see them
 
 mod batch;
@@ -22,6 +23,7 @@ mod packing;
 mod progress;
 mod report;
 mod row;
+mod segments;
 mod source;
 pub mod template;
 pub mod tokenizer;
@@ -33,11 +35,12 @@ pub use encode::{DropReason, Outcome};
 pub use epoch::{Batches, Layout};
 pub use error::{DataError, Keys, RowError};
 pub use inspect::{InspectRows, InspectedRow, inspect};
-pub use options::{DataOptions, Source};
+pub use options::{DataOptions, PrefixSharing, Source};
 pub use packing::best_fit_decreasing;
 pub use progress::{NoProgress, Progress};
-pub use report::{Counts, DataReport, FileReport, Padding};
+pub use report::{Counts, DataReport, EpochTokens, FileReport, Padding};
 pub use row::{Format, FormatChoice};
+pub use segments::Segment;
 pub use source::Compression;
 pub use template::{ChatTemplate, RenderOptions, Rendered, TemplateError};
 pub use tokenizer::{Encoding, Tokenizer, TokenizerError};

@@ -2,7 +2,10 @@
 
 use std::path::PathBuf;
 
-use emberlora_config::{ChatTemplateChoice, DataFormat, DataSection, DataSource, LossOn, Overflow, RunConfig};
+use emberlora_config::{
+    ChatTemplateChoice, DataFormat, DataSection, DataSource, LossOn, Overflow, RunConfig, SharePrefix,
+};
+use serde::Serialize;
 
 use crate::DataError;
 use crate::epoch::Layout;
@@ -17,6 +20,32 @@ pub struct Source {
     pub format: Option<Format>,
     /// How often each row takes part in an epoch. 2.0 is twice; 0.5 is a half of the rows, another one each epoch.
     pub weight: f64,
+}
+
+/// Whether documents of a packed row share the tokens that they begin with, and if not, why.
+///
+/// Sharing changes what is computed, never the result: so it needs a model in which a token's hidden state depends on
+/// nothing but the tokens up to it and their positions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PrefixSharing {
+    /// Every prefix of a row is computed once.
+    On,
+    /// The recipe says `data.share_prefix: off`.
+    OffByRecipe,
+    /// Each row holds one document.
+    PackingOff,
+    /// Every document has a dropout mask of its own.
+    Dropout,
+    /// The model's position embeddings depend on the length of the document.
+    PositionsDependOnLength,
+}
+
+impl PrefixSharing {
+    /// Whether prefixes are shared.
+    pub fn is_on(self) -> bool {
+        self == PrefixSharing::On
+    }
 }
 
 /// How files become batches.
@@ -34,6 +63,8 @@ pub struct DataOptions {
     pub overflow: Overflow,
     /// Whether several documents share a row.
     pub packing: bool,
+    /// Whether the documents of a packed row share the tokens that they begin with.
+    pub share_prefix: PrefixSharing,
     /// Whether each epoch has an order of its own.
     pub shuffle: bool,
     /// Rows per batch.
@@ -43,7 +74,8 @@ pub struct DataOptions {
 }
 
 impl DataOptions {
-    /// How a run reads its training data.
+    /// How a run reads its training data. What the model and its adapter rule out is not known here: see
+    /// [`DataOptions::without_sharing`].
     pub fn train(config: &RunConfig) -> Self {
         Self::new(&config.data, &config.data.train, config.data.shuffle, config)
     }
@@ -52,6 +84,15 @@ impl DataOptions {
     /// files in the recipe the list of sources is empty.
     pub fn eval(config: &RunConfig) -> Self {
         Self::new(&config.data, &config.data.eval, false, config)
+    }
+
+    /// Shares no prefixes, for a reason that lies outside the data; one that is already known stays.
+    #[must_use]
+    pub fn without_sharing(mut self, reason: PrefixSharing) -> Self {
+        if self.share_prefix.is_on() {
+            self.share_prefix = reason;
+        }
+        self
     }
 
     fn new(data: &DataSection, sources: &[DataSource], shuffle: bool, config: &RunConfig) -> Self {
@@ -65,6 +106,7 @@ impl DataOptions {
             max_seq_len,
             overflow,
             packing,
+            share_prefix,
             shuffle: _,
         } = data;
         DataOptions {
@@ -74,6 +116,11 @@ impl DataOptions {
             max_seq_len: *max_seq_len,
             overflow: *overflow,
             packing: *packing,
+            share_prefix: match share_prefix {
+                SharePrefix::Off => PrefixSharing::OffByRecipe,
+                SharePrefix::Auto if !packing => PrefixSharing::PackingOff,
+                SharePrefix::Auto => PrefixSharing::On,
+            },
             shuffle,
             batch_size: config.train.batch_size,
             seed: config.seed,
@@ -85,6 +132,7 @@ impl DataOptions {
             batch_size: self.batch_size,
             max_seq_len: self.max_seq_len,
             packing: self.packing,
+            share_prefix: self.share_prefix,
             shuffle: self.shuffle,
         }
     }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use crate::PrefixSharing;
 use crate::encode::{DropReason, Outcome};
 use crate::row::FormatChoice;
 use crate::source::Compression;
@@ -84,13 +85,24 @@ pub struct FileReport {
     pub counts: Counts,
 }
 
-/// The share of computed tokens that is padding, from 0 to 1, over the first epoch.
+/// The share of the tokens in batches that is padding, from 0 to 1, over the first epoch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Padding {
     /// With one document per row.
     pub unpacked: f64,
     /// With documents packed into rows.
     pub packed: f64,
+}
+
+/// The tokens of an epoch. Rows count as often as their file's weight says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct EpochTokens {
+    /// The lengths of the documents together.
+    pub given: usize,
+    /// What is computed of them: a prefix that documents of a row share, once. Padding does not count.
+    pub computed: usize,
+    /// Labels, each as often as documents have it.
+    pub trained: usize,
 }
 
 /// What loading found.
@@ -105,6 +117,10 @@ pub struct DataReport {
     pub packing: bool,
     /// What packing saves, or would save.
     pub padding: Padding,
+    /// Whether documents of a row share prefixes, and if not, why.
+    pub share_prefix: PrefixSharing,
+    /// The tokens of the first epoch.
+    pub first_epoch: EpochTokens,
 }
 
 /// A few lines for a terminal.
@@ -131,8 +147,22 @@ impl fmt::Display for DataReport {
         let Padding { unpacked, packed } = self.padding;
         let (packed, unpacked) = (100.0 * packed, 100.0 * unpacked);
         match self.packing {
-            true => write!(f, "padding {packed:.1} % with packing, {unpacked:.1} % without"),
-            false => write!(f, "padding {unpacked:.1} % (packing would leave {packed:.1} %)"),
+            true => writeln!(f, "padding {packed:.1} % with packing, {unpacked:.1} % without")?,
+            false => writeln!(f, "padding {unpacked:.1} % (packing would leave {packed:.1} %)")?,
+        }
+        let EpochTokens { given, computed, trained } = self.first_epoch;
+        write!(f, "first epoch: {given} tokens given, {computed} computed, {trained} trained; ")?;
+        match self.share_prefix {
+            PrefixSharing::On => {
+                let saved = 100.0 * (given - computed) as f64 / given.max(1) as f64;
+                write!(f, "shared prefixes save {saved:.1} %")
+            }
+            PrefixSharing::OffByRecipe => write!(f, "prefixes are not shared (data.share_prefix: off)"),
+            PrefixSharing::PackingOff => write!(f, "prefixes are not shared (data.packing: false)"),
+            PrefixSharing::Dropout => write!(f, "prefixes are not shared (adapter.dropout is above 0)"),
+            PrefixSharing::PositionsDependOnLength => {
+                write!(f, "prefixes are not shared (the model's positions depend on the length of a document)")
+            }
         }
     }
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use emberlora_data::{Batch, DataError, Dataset, Document, Layout, RowRef};
+use emberlora_data::{Batch, DataError, Dataset, Document, Layout, PrefixSharing, RowRef};
 use proptest::prelude::*;
 
 const PAD: u32 = 0;
@@ -33,8 +33,16 @@ fn any_documents() -> impl Strategy<Value = Vec<Document>> {
 }
 
 fn any_layout() -> impl Strategy<Value = Layout> {
-    (1usize..6, 24usize..64, any::<bool>(), any::<bool>())
-        .prop_map(|(batch_size, max_seq_len, packing, shuffle)| Layout { batch_size, max_seq_len, packing, shuffle })
+    let share_prefix = prop::sample::select(vec![PrefixSharing::On, PrefixSharing::OffByRecipe]);
+    (1usize..6, 24usize..64, any::<bool>(), share_prefix, any::<bool>()).prop_map(
+        |(batch_size, max_seq_len, packing, share_prefix, shuffle)| Layout {
+            batch_size,
+            max_seq_len,
+            packing,
+            share_prefix,
+            shuffle,
+        },
+    )
 }
 
 fn lines(batches: &[Batch]) -> Vec<usize> {
@@ -153,7 +161,7 @@ fn uniform(count: usize, length: usize) -> Vec<Document> {
 }
 
 fn layout(batch_size: usize, max_seq_len: usize, packing: bool, shuffle: bool) -> Layout {
-    Layout { batch_size, max_seq_len, packing, shuffle }
+    Layout { batch_size, max_seq_len, packing, share_prefix: PrefixSharing::OffByRecipe, shuffle }
 }
 
 #[test]

@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use byte_level::{BOS, EOS, IM_END, IM_START, LO, bytes, tokenizer};
 use emberlora_config::{ChatTemplateChoice, LossOn, Overflow};
 use emberlora_data::{
-    Compression, DataError, DataOptions, Dataset, Document, DropReason, Format, NoProgress, Outcome, Progress, Source,
-    inspect,
+    Compression, DataError, DataOptions, Dataset, Document, DropReason, Format, NoProgress, Outcome, PrefixSharing,
+    Progress, Source, inspect,
 };
 use tempfile::TempDir;
 
@@ -22,6 +22,7 @@ fn options(sources: Vec<Source>) -> DataOptions {
         max_seq_len: 512,
         overflow: Overflow::Truncate,
         packing: false,
+        share_prefix: PrefixSharing::On,
         shuffle: false,
         batch_size: 2,
         seed: 42,
@@ -352,4 +353,18 @@ fn inspection_shows_rows_token_by_token_and_also_those_that_are_dropped() {
     assert_eq!((json["outcome"].as_str(), json["reason"].as_str()), (Some("dropped"), Some("untrained")));
     assert!(inspected.next().unwrap().unwrap_err().to_string().contains("rows.jsonl:3"));
     assert!(inspected.next().is_none());
+}
+
+#[test]
+fn the_rows_of_a_weight_above_one_are_seen_at_different_times() {
+    let rows = Rows::new("{\"text\": \"one\"}\n{\"text\": \"two\"}\n");
+    let dataset = rows
+        .load(|options| {
+            options.packing = true;
+            options.sources[0].weight = 3.0;
+        })
+        .unwrap();
+    assert_eq!(dataset.report.share_prefix, PrefixSharing::On);
+    let rows: usize = dataset.batches(0, 0).map(|batch| batch.rows).sum();
+    assert_eq!(rows, 3);
 }

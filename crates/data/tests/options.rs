@@ -1,7 +1,7 @@
 //! What a recipe says and what loading does with it.
 
 use emberlora_config::{ChatTemplateChoice, LossOn, Overflow, RunConfig};
-use emberlora_data::{DataOptions, Format, Source};
+use emberlora_data::{DataOptions, Format, PrefixSharing, Source};
 
 const RECIPE: &str = "
 model: {source: m}
@@ -32,6 +32,7 @@ fn training_reads_what_the_recipe_says() {
         max_seq_len: 77,
         overflow: Overflow::Drop,
         packing: false,
+        share_prefix: PrefixSharing::PackingOff,
         shuffle: true,
         batch_size: 3,
         seed: 9,
@@ -45,4 +46,19 @@ fn evaluation_keeps_the_order_of_its_files() {
     let options = DataOptions::eval(&config);
     assert_eq!(options.sources, [Source::new("c.jsonl".into(), Some(Format::Chat), 1.0)]);
     assert!(!options.shuffle);
+}
+
+#[test]
+fn why_prefixes_are_not_shared_is_the_first_reason() {
+    let sharing = |overrides: &[&str], outside: Option<PrefixSharing>| {
+        let overrides: Vec<String> = overrides.iter().map(|&text| text.to_owned()).collect();
+        let options = DataOptions::train(&RunConfig::parse(RECIPE, "recipe.yaml", &overrides).unwrap());
+        outside.into_iter().fold(options, DataOptions::without_sharing).share_prefix
+    };
+    let packing = "data.packing=true";
+    assert_eq!(sharing(&[packing], None), PrefixSharing::On);
+    assert_eq!(sharing(&[packing], Some(PrefixSharing::Dropout)), PrefixSharing::Dropout);
+    assert_eq!(sharing(&[packing, "data.share_prefix=off"], Some(PrefixSharing::Dropout)), PrefixSharing::OffByRecipe);
+    assert_eq!(sharing(&["data.share_prefix=off"], None), PrefixSharing::OffByRecipe);
+    assert_eq!(sharing(&[], Some(PrefixSharing::Dropout)), PrefixSharing::PackingOff);
 }

@@ -14,7 +14,8 @@ pub fn best_fit_decreasing(lengths: &[usize], capacity: usize) -> Vec<Vec<usize>
     order.sort_by_key(|&item| Reverse(lengths[item]));
 
     let mut bins: Vec<Vec<usize>> = Vec::new();
-    // Bins by how much space they have left. Bins with equal space are interchangeable: the last one is taken.
+    // Bins by how much space they have left, full ones too: an item of length 0 fits into them. Bins with equal space
+    // are interchangeable: the last one is taken.
     let mut open: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
     for item in order {
         let length = lengths[item];
@@ -33,9 +34,7 @@ pub fn best_fit_decreasing(lengths: &[usize], capacity: usize) -> Vec<Vec<usize>
             }
         };
         bins[bin].push(item);
-        if left > 0 {
-            open.entry(left).or_default().push(bin);
-        }
+        open.entry(left).or_default().push(bin);
     }
     bins
 }
@@ -50,6 +49,11 @@ mod tests {
     fn each_item_goes_into_the_fullest_bin_that_holds_it() {
         let bins = best_fit_decreasing(&[3, 7, 6, 2, 1, 4], 10);
         assert_eq!(bins, vec![vec![1, 0], vec![2, 5], vec![3, 4]]);
+    }
+
+    #[test]
+    fn an_item_without_length_fits_into_a_full_bin() {
+        assert_eq!(best_fit_decreasing(&[0, 10, 0], 10), vec![vec![1, 0, 2]]);
     }
 
     #[test]

@@ -74,10 +74,12 @@ pub struct DataOptions {
 }
 
 impl DataOptions {
-    /// How a run reads its training data. What the model and its adapter rule out is not known here: see
+    /// How a run reads its training data. What the model rules out is not known here: see
     /// [`DataOptions::without_sharing`].
     pub fn train(config: &RunConfig) -> Self {
-        Self::new(&config.data, &config.data.train, config.data.shuffle, config)
+        let options = Self::new(&config.data, &config.data.train, config.data.shuffle, config);
+        // Evaluation drops nothing, and may share.
+        if config.adapter.dropout > 0.0 { options.without_sharing(PrefixSharing::Dropout) } else { options }
     }
 
     /// How a run reads its evaluation data: as its training data, but in the order of the files. Without evaluation

@@ -212,7 +212,7 @@ fn completions_of_a_prompt_share_its_row() {
 #[test]
 fn more_completions_than_a_row_holds_cost_the_prompt_once_for_each_row() {
     let prompt: Vec<u32> = (1..=100).collect();
-    let documents = (0..40).map(|answer| [&prompt[..], &vec![200 + answer; 50]].concat()).collect();
+    let documents = (0..40).map(|answer| [&prompt[..], &[200 + answer; 50]].concat()).collect();
     let dataset = Dataset::from_documents(all_trained(documents), layout(400, PrefixSharing::On), PAD).unwrap();
     // Six answers of 50 tokens fit beside the prompt.
     assert_eq!(dataset.report.first_epoch.computed, 7 * 100 + 40 * 50);

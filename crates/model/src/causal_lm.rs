@@ -65,12 +65,6 @@ impl CausalLm {
         self.settings.checkpointing = checkpointing;
     }
 
-    /// Whether a token's place on its path depends on how long its document becomes, as with dynamic rotation. Documents
-    /// that begin alike then cannot share the tokens of their beginning.
-    pub fn positions_depend_on_length(&self) -> bool {
-        self.settings.rope.depends_on_length()
-    }
-
     /// Base parameters, those of a tied head counted once.
     pub fn num_base_parameters(&self) -> usize {
         let mut count = self.embed_tokens.val().shape().num_elements();

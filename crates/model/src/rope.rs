@@ -62,6 +62,13 @@ pub struct RopeConfig {
     pub scaling: RopeScaling,
 }
 
+impl RopeConfig {
+    /// Whether a token's angles depend on the length of its document, so that two documents cannot share a token.
+    pub fn depends_on_length(&self) -> bool {
+        matches!(self.scaling, RopeScaling::Dynamic { .. })
+    }
+}
+
 /// Frequencies computed once, and tables made from them for each input.
 #[derive(Clone, Debug)]
 pub struct Rope {
@@ -84,11 +91,6 @@ impl Rope {
     /// Half of the rotated dimensions: the length of one row of the tables.
     pub fn half(&self) -> usize {
         self.config.dims / 2
-    }
-
-    /// Whether a token's angles depend on the length of its document, so that two documents cannot share a token.
-    pub fn depends_on_length(&self) -> bool {
-        matches!(self.config.scaling, RopeScaling::Dynamic { .. })
     }
 
     /// Inverse frequencies for a sequence of `length` tokens, `[dims / 2]`.
@@ -130,7 +132,7 @@ impl Rope {
 
     /// For each token the length that decides about its frequencies: 0 where lengths change nothing.
     fn lengths(&self, positions: &[u32], documents: impl Iterator<Item = (usize, u32)>) -> Vec<usize> {
-        if !self.depends_on_length() {
+        if !self.config.depends_on_length() {
             return vec![0; positions.len()];
         }
         let documents: Vec<_> = documents.collect();

@@ -4,11 +4,13 @@ use std::io;
 use std::path::PathBuf;
 
 use emberlora_config::{Attention, GradientCheckpointing, ModelSection, RunConfig};
-use emberlora_data::{DataError, DataOptions, Dataset, Document, NoProgress, TemplateError, Tokenizer, TokenizerError};
+use emberlora_data::{
+    DataError, DataOptions, Dataset, Document, NoProgress, PrefixSharing, TemplateError, Tokenizer, TokenizerError,
+};
 use emberlora_lora::peft::PeftError;
 use emberlora_lora::{LoraError, Projections};
 use emberlora_model::hub::{self, DownloadProgress, HubError};
-use emberlora_model::{AttentionKind, CausalLm, Checkpointing, LoadError, LoadOptions, LoadReport};
+use emberlora_model::{AttentionKind, CausalLm, Checkpointing, LoadError, LoadOptions, LoadReport, ModelConfig};
 use emberlora_quant::FloatDtype;
 
 use crate::TrainError;
@@ -143,16 +145,22 @@ impl Base {
         Ok(Self { dir: found.dir, commit: found.commit, tokenizer })
     }
 
-    /// Reads the data of `split` (`train` or `eval`).
+    /// Reads the data of `split` (`train` or `eval`). Documents share no prefixes where the model rules it out.
     ///
     /// # Errors
-    /// [`PrepareError::Data`].
+    /// [`PrepareError::Data`]; [`PrepareError::Load`] for a `config.json` that cannot be read.
     pub fn dataset(
         &self,
         options: DataOptions,
         reporter: &dyn Reporter,
         split: &'static str,
     ) -> Result<Dataset, PrepareError> {
+        let options = match options.share_prefix.is_on()
+            && ModelConfig::from_dir(&self.dir).map_err(LoadError::from)?.positions_depend_on_length()
+        {
+            true => options.without_sharing(PrefixSharing::PositionsDependOnLength),
+            false => options,
+        };
         Ok(Dataset::load(options, &self.tokenizer, &*reporter.reading(split))?)
     }
 }

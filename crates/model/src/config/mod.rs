@@ -88,6 +88,12 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
+    /// Whether a token's place on its path depends on how long its document becomes, as with dynamic rotation. Documents
+    /// that begin alike then cannot share the tokens of their beginning.
+    pub fn positions_depend_on_length(&self) -> bool {
+        self.rope.depends_on_length()
+    }
+
     /// Reads `config.json` of a model directory.
     ///
     /// # Errors

@@ -47,8 +47,8 @@ struct Args {
     /// none, block, sqrt or every:N
     #[arg(long, default_value = "none", value_parser = checkpointing)]
     checkpointing: Checkpointing,
-    /// How frozen weights are stored; computing is in f32
-    #[arg(long, value_enum, default_value_t = Weights::F32)]
+    /// How frozen weights are stored, `auto` as in the files; computing is in f32
+    #[arg(long, value_enum, default_value_t = Weights::Auto)]
     weights: Weights,
     #[arg(long, default_value_t = 1e-4)]
     lr: f64,
@@ -61,8 +61,9 @@ struct Args {
     bench: bool,
 }
 
-#[derive(Clone, Copy, PartialEq, ValueEnum)]
+#[derive(Clone, Copy, ValueEnum)]
 enum Weights {
+    Auto,
     F32,
     Bf16,
 }
@@ -127,10 +128,11 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 fn load(args: &Args, device: &Device) -> Result<CausalLm, Box<dyn Error>> {
     let weights = match args.weights {
-        Weights::F32 => FloatDtype::F32,
-        Weights::Bf16 => FloatDtype::Bf16,
+        Weights::Auto => None,
+        Weights::F32 => Some(FloatDtype::F32),
+        Weights::Bf16 => Some(FloatDtype::Bf16),
     };
-    let options = LoadOptions::new(Some(weights), FloatDtype::F32, AttentionKind::Fused);
+    let options = LoadOptions::new(weights, FloatDtype::F32, AttentionKind::Fused);
     let (mut model, _) = CausalLm::load(&args.model, &options, device)?;
     match &args.adapter {
         Some(dir) => peft::apply(&mut model, &peft::load(dir)?, device)?,

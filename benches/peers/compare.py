@@ -3,8 +3,8 @@
 
     .venv/bin/python benches/peers/compare.py --model models/smollm2 --chat rows.jsonl --rounds 3
 
-Contenders alternate, and one Markdown table of medians and ratios is printed. Before that it is checked that they did the
-same: losses of every step agree, or for the chat rows the tokens given and trained. The cases:
+Contenders alternate, and one Markdown table of medians and ratios is printed. Before that it is checked that they did
+the same: losses of every step agree, or for the chat rows the tokens given and trained. The cases:
 
     a, a-ckpt   4 rows of 256 random tokens, every one a label, without and with gradient checkpointing
     b, b-ckpt   1 row of 1024
@@ -13,7 +13,6 @@ same: losses of every step agree, or for the chat rows the tokens given and trai
 
 import argparse
 import json
-import os
 import random
 import shutil
 import statistics
@@ -32,6 +31,7 @@ CASES = ["a", "a-ckpt", "b", "b-ckpt", "c", "c-ckpt"]
 OURS = "emberlora"
 CHAT_BATCH = 8
 CHAT_LR = 2e-4
+MIB = 2**20
 
 
 @dataclass
@@ -49,8 +49,10 @@ def main():
         init = ROOT / "scripts" / "compare_training_with_peft.py"
         finished([sys.executable, init, "init", "--model", args.model, "--adapter", adapter])
         rows = chat_rows(args, scratch) if any(case.startswith("c") for case in args.cases) else None
-        print("| case | contender | tokens/s | peak memory (MiB) | start to first step (s) | seconds | speed | memory | sooner |")
-        print("|---|---|---|---|---|---|---|---|---|")
+        columns = ["case", "contender", "tokens/s", "peak memory (MiB)", "start to first step (s)", "seconds",
+                   "speed", "memory", "sooner"]
+        print_row(columns)
+        print_row(["---"] * len(columns))
         for case in args.cases:
             if case.startswith("c"):
                 contenders = chat_contenders(case, args, programs, adapter, rows, scratch)
@@ -65,17 +67,18 @@ def main():
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="a model directory, as scripts/fetch_smollm2.py writes it")
+    parser.add_argument("--model", type=Path, required=True, help="a directory, as scripts/fetch_smollm2.py writes it")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, metavar="CASE", help="default: all")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6, help="steps per process in cases a and b; the first is not timed")
-    parser.add_argument("--compile", action="store_true", help="also PEFT with torch.compile, which takes minutes to begin")
-    parser.add_argument("--weights", choices=["auto", "f32", "bf16"], default="auto", help="how emberlora stores the frozen weights; auto: as the files do")
+    parser.add_argument("--steps", type=int, default=6, help="steps of a process in a and b; the first is not timed")
+    parser.add_argument("--compile", action="store_true", help="also compiled PEFT, whose first step takes minutes")
+    parser.add_argument("--weights", choices=["auto", "f32", "bf16"], default="auto",
+                        help="how emberlora stores the frozen weights; auto: as the files do")
     parser.add_argument("--checkpointing", default="block", help="emberlora's strategy in the -ckpt cases")
     parser.add_argument("--chat", type=Path, help="chat rows for case c: JSON lines with `messages`")
     parser.add_argument("--rows", type=int, help="take that many of them, in a seeded order; default: all")
     parser.add_argument("--max-seq-len", type=int, default=304,
-                        help="length of emberlora's packed rows; by default about as many rows of chat as PEFT has in a batch")
+                        help="length of emberlora's packed rows; the default holds about 8 rows that share a prompt")
     parser.add_argument("--packed-rows", type=int, default=1, help="packed rows in a step of emberlora")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="how far losses may differ")
     parser.add_argument("--raw", type=Path, help="append every measurement to this file, a JSON object a line")
@@ -88,19 +91,20 @@ def parse_arguments():
 
 def build():
     """The paths of the `step` benchmark and of the command line program, compiled if need be."""
-    command = ["cargo", "build", "--release", "--bin", "emberlora", "--bench", "step", "--message-format=json-render-diagnostics"]
+    command = ["cargo", "build", "--release", "--bin", "emberlora", "--bench", "step",
+               "--message-format=json-render-diagnostics"]
     output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     messages = [json.loads(line) for line in output.splitlines()]
     return {message["target"]["name"]: message["executable"] for message in messages if message.get("executable")}
 
 
 def finished(command):
-    """Standard output of a command that has to succeed, and when it was started."""
+    """Standard output of a command that has to succeed, and when it was started. Its log is shown where it fails."""
     started = time.time()
     command = [str(part) for part in command]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{' '.join(command)}: exit code {done.returncode}")
+        sys.exit(f"{done.stderr}{' '.join(command)}: exit code {done.returncode}")
     return done.stdout, started
 
 
@@ -160,24 +164,14 @@ def chat_contenders(case, args, programs, adapter, rows, scratch):
 
 
 def trained(command, output):
-    """Runs `emberlora train` and reads its metrics; the line of a step on standard error says when the step ended."""
-    started = time.time()
-    environment = {**os.environ, "NO_COLOR": "1"}
-    process = subprocess.Popen([str(part) for part in command], env=environment, text=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    said, ends = [], []
-    for line in process.stderr:
-        said.append(line)
-        if line.startswith("step "):
-            ends.append(time.time())
-    if process.wait():
-        sys.exit("".join(said) + f"{command}: exit code {process.returncode}")
+    """Runs `emberlora train` and reads its metrics, whose times count from the start of the process."""
+    finished(command)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line.get("split") != "eval"]
     shutil.rmtree(output)
-    first_step_at = ends[0] - steps[0]["step_seconds"]
+    steps = [line for line in lines if line.get("split") != "eval"]
+    first, last = steps[0], steps[-1]
+    seconds = last["started_seconds"] + last["step_seconds"] - first["started_seconds"]
     total = lambda key: sum(step[key] for step in steps)
-    seconds = ends[-1] - first_step_at
     return {
         "steps": len(steps),
         "seconds": seconds,
@@ -185,8 +179,8 @@ def trained(command, output):
         "trained_tokens": total("trained_tokens"),
         "tokens_per_second": total("tokens") / seconds,
         "mean_loss": sum(step["loss"] * step["trained_tokens"] for step in steps) / total("trained_tokens"),
-        "peak_memory_bytes": steps[-1]["peak_memory_bytes"],
-        "start_to_first_step": first_step_at - started,
+        "peak_memory_bytes": last["peak_memory_bytes"],
+        "start_to_first_step": first["started_seconds"],
     }
 
 
@@ -198,7 +192,7 @@ def alternate(case, contenders, args):
             result = contender.run()
             results[contender.name].append(result)
             print(f"{case} {number + 1}/{args.rounds} {contender.name}: {result['tokens_per_second']:.1f} tokens/s, "
-                  f"{mib(result):.0f} MiB", file=sys.stderr)
+                  f"{result['peak_memory_bytes'] / MIB:.0f} MiB", file=sys.stderr)
             if args.raw:
                 with args.raw.open("a") as file:
                     file.write(json.dumps({"case": case, "contender": contender.name, **result}) + "\n")
@@ -221,27 +215,25 @@ def same_tokens(case, results, _):
             sys.exit(f"{case}: {key} differ between contenders: {sorted(found)}")
     for name, measured in results.items():
         first = measured[0]
-        print(f"{case} {name}: {first['steps']} steps over {first['tokens']} tokens, {first['trained_tokens']} trained, "
+        print(f"{case} {name}: {first['steps']} steps, {first['tokens']} tokens, {first['trained_tokens']} trained, "
               f"mean loss {first['mean_loss']:.4f}", file=sys.stderr)
-
-
-def mib(result):
-    return result["peak_memory_bytes"] / 2**20
 
 
 def print_rows(case, results):
     """A row per contender, and by how much emberlora differs from it."""
-    numbers = {}
-    for name, measured in results.items():
-        keys = ("tokens_per_second", "peak_memory_bytes", "start_to_first_step", "seconds")
-        numbers[name] = [statistics.median(result[key] for result in measured) for key in keys]
-    speed, memory, start, _ = numbers[OURS]
-    for name, (their_speed, their_memory, their_start, seconds) in numbers.items():
+    keys = ("tokens_per_second", "peak_memory_bytes", "start_to_first_step", "seconds")
+    medians = {name: [statistics.median(result[key] for result in measured) for key in keys]
+               for name, measured in results.items()}
+    our_speed, our_memory, our_start, _ = medians[OURS]
+    for name, (speed, memory, start, seconds) in medians.items():
         ratios = ["–"] * 3
         if name != OURS:
-            ratios = [f"{speed / their_speed:.2f} ×", f"{memory / their_memory:.3f} ×", f"{their_start / start:.1f} ×"]
-        print(f"| {case} | {name} | {their_speed:.0f} | {their_memory / 2**20:.0f} | {their_start:.2f} | {seconds:.2f} | {' | '.join(ratios)} |",
-              flush=True)
+            ratios = [f"{our_speed / speed:.2f} ×", f"{our_memory / memory:.3f} ×", f"{start / our_start:.1f} ×"]
+        print_row([case, name, f"{speed:.0f}", f"{memory / MIB:.0f}", f"{start:.2f}", f"{seconds:.2f}", *ratios])
+
+
+def print_row(cells):
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

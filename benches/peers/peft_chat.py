@@ -3,8 +3,8 @@
 
     python benches/peers/peft_chat.py --model models/smollm2 --adapter runs/start --data rows.jsonl --batch-size 8
 
-`--adapter` is made by `scripts/compare_training_with_peft.py init`. Prints one JSON object. Rows are tokenised before the
-first step and in their order in the file; the seconds are those of the steps.
+`--adapter` is made by `scripts/compare_training_with_peft.py init`. Prints one JSON object. Rows are tokenised before
+the first step and trained in their order in the file; the seconds are those of the steps.
 """
 
 import argparse

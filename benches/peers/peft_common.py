@@ -3,6 +3,7 @@
 import json
 import os
 import time
+import warnings
 
 START = time.time()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 transformers.utils.logging.disable_progress_bar()
+warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers will rename
 
 
 def load(model_dir, adapter, *, checkpointing=False, nf4=False):

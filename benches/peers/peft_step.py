@@ -3,7 +3,7 @@
 
     python benches/peers/peft_step.py --model models/smollm2 --adapter runs/start --rows 4 --seq 256 --steps 6
 
-`--adapter` is made by `scripts/compare_training_with_peft.py init`. Prints one JSON object with the fields of the other.
+`--adapter` is made by `scripts/compare_training_with_peft.py init`. Prints one JSON object, as that does.
 """
 
 import argparse

@@ -4,11 +4,16 @@ use std::hint::black_box;
 
 use burn::backend::Flex;
 use burn::backend::tensor::IntTensor;
+use burn::module::Module;
+use burn::nn::RotaryEncodingConfig;
 use burn::tensor::module::attention as burn_attention;
 use burn::tensor::ops::AttentionModuleOptions;
 use burn::tensor::{Device, Int, Tensor};
 use clap::ValueEnum;
-use emberlora::kernels::{AttentionKind, AttentionOps, AttentionOptions, attention, reference};
+use emberlora::kernels::{
+    AttentionKind, AttentionOps, AttentionOptions, HeadLayout, Norms, QkvBodies, QkvContext, RotaryTables, attention,
+    qkv_attention, reference,
+};
 
 use crate::support::{in_a_child, mib, peak_bytes, random, reset_peak, resident_bytes};
 use crate::{Bench, Contest, HEAD_DIM, HEADS, KV_HEADS, Products, backward, raw, seed};
@@ -103,17 +108,70 @@ pub fn measure(bench: &Bench, longest: usize) {
             continue;
         }
         let inputs = Inputs::new(seq, &bench.device);
-        // Q Kᵀ and P V; in backward Q Kᵀ again, dP, dQ, dK and dV; each over the pairs that causality leaves.
-        let flop = 7.0 * 2.0 * (HEADS * HEAD_DIM) as f64 * (seq * (seq + 1) / 2) as f64;
         bench.compare(Contest {
             name: &name,
-            products: Some(Products { flop, gemm: &bench.gemm }),
+            products: Some(Products { flop: flop(seq), gemm: &bench.gemm }),
             ours: &mut || inputs.run(Contender::Emberlora),
             burn: &mut || inputs.run(Contender::Burn),
             body: &mut || inputs.body(false),
             generic: &mut || inputs.body(true),
         });
     }
+}
+
+/// Attention as a block computes it, with the rotary embedding inside, on queries, keys and values side by side. Its
+/// default body is composed of flex's own attention and rotation.
+pub fn fused(bench: &Bench) {
+    let Bench { device, tokens, .. } = bench;
+    let name = format!("`qkv_attention` with `rope`, {tokens} tokens");
+    if !bench.wants(&name) {
+        return;
+    }
+    let layout = HeadLayout::new(HEADS, KV_HEADS, HEAD_DIM);
+    let qkv = random([1, *tokens, layout.width()], 1.0, device).require_grad();
+    let inputs = Inputs::new(*tokens, device);
+    let angles = random([1, *tokens, HEAD_DIM / 2], 1.0, &device.clone().without_autodiff());
+    let tables = (angles.clone().cos(), angles.sin());
+    let rotary = RotaryEncodingConfig::new(*tokens, HEAD_DIM).init(device).no_grad();
+    let context = QkvContext {
+        norms: Norms::Absent,
+        tables: RotaryTables { cos: raw(&tables.0), sin: raw(&tables.1) },
+        spans: inputs.spans.clone().try_into_primitive::<Flex>().expect("a tensor of flex"),
+        layout,
+        options: inputs.options,
+    };
+    macro_rules! body {
+        ($forward:path, $backward:path) => {
+            &mut || {
+                let qkv = raw(&qkv);
+                let (out, lse) = $forward(qkv.clone(), &context);
+                black_box($backward(seed(out.clone()), qkv, out, lse, &context));
+            }
+        };
+    }
+    bench.compare(Contest {
+        name: &name,
+        products: Some(Products { flop: flop(*tokens), gemm: &bench.gemm }),
+        ours: &mut || {
+            let spans = inputs.spans.clone();
+            backward(qkv_attention(qkv.clone(), None, tables.clone(), spans, layout, inputs.options));
+        },
+        burn: &mut || {
+            let options = AttentionModuleOptions { scale: None, softcap: None, is_causal: true };
+            let heads = |t: &Tensor<4>| t.clone().swap_dims(1, 2);
+            let (q, k) = (rotary.forward(heads(&inputs.q)), rotary.forward(heads(&inputs.k)));
+            let k = repeated(&k.swap_dims(1, 2));
+            backward(burn_attention(q, k, repeated(&inputs.v), None, None, options));
+        },
+        body: body!(Flex::qkv_forward, Flex::qkv_backward),
+        generic: body!(reference::qkv::forward::<Flex>, reference::qkv::backward::<Flex>),
+    });
+}
+
+/// Floating-point operations of one document's attention: Q Kᵀ and P V; in backward Q Kᵀ again, dP, dQ, dK and dV; each
+/// over the pairs that causality leaves.
+fn flop(seq: usize) -> f64 {
+    7.0 * 2.0 * (HEADS * HEAD_DIM) as f64 * (seq * (seq + 1) / 2) as f64
 }
 
 /// The bytes that one forward and backward pass adds to the process at its peak, the gradients included.

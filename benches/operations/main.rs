@@ -6,6 +6,7 @@
 
 mod attention;
 mod elementwise;
+mod fused;
 mod products;
 #[path = "../support/mod.rs"]
 mod support;
@@ -72,7 +73,9 @@ fn main() {
     );
     println!("|---|---|---|---|---|---|---|---|");
     products::measure(&bench);
+    fused::measure(&bench);
     elementwise::measure(&bench);
+    attention::fused(&bench);
     attention::measure(&bench, args.longest);
     products::formats(&bench);
     attention::memory(&bench, args.longest);
@@ -164,5 +167,6 @@ fn seed(y: FloatTensor<Flex>) -> FloatTensor<Flex> {
 
 /// The values as bodies take them.
 fn raw<const D: usize>(tensor: &Tensor<D>) -> FloatTensor<Flex> {
-    tensor.clone().inner().try_into_primitive::<Flex>().expect("a tensor of flex")
+    let plain = if tensor.device().is_autodiff() { tensor.clone().inner() } else { tensor.clone() };
+    plain.try_into_primitive::<Flex>().expect("a tensor of flex")
 }

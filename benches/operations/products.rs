@@ -9,8 +9,8 @@ use burn::nn::LinearConfig;
 use burn::nn::loss::CrossEntropyLossConfig;
 use burn::tensor::{DType, Int, Tensor};
 use emberlora::kernels::{
-    AdapterPath, CrossEntropyBodies, LinearBodies, LowRank, Optional, Projected, Prologue, Weight, frozen_linear,
-    linear_cross_entropy, lora_linear, reference,
+    AdapterPath, CrossEntropyBodies, Input, LinearBodies, LowRank, Optional, Projected, Projection, ProjectionAdapter,
+    Prologue, Weight, frozen_linear, linear_cross_entropy, project, reference,
 };
 
 use crate::support::{Gemm, alternate, random};
@@ -22,21 +22,28 @@ const SCALE: f32 = 2.0;
 /// Rows of logits at one time, about as many as the operation itself chooses.
 const CHUNK: usize = 256;
 
-/// A projection as bodies take it.
-fn projected(weight: &Tensor<2>, adapter: Option<(&Tensor<2>, &Tensor<2>)>) -> Vec<Projected<Flex>> {
-    let adapter = match adapter {
-        None => LowRank::Absent,
-        Some((a, b)) => LowRank::Present { a: raw(a), b: raw(b) },
-    };
-    let (weight, path) = (Weight::Dense(raw(weight)), AdapterPath::new(SCALE, None));
-    vec![Projected { weight, bias: Optional::Absent, adapter, path }]
+/// A random projection with an adapter.
+pub fn adapted(k: usize, n: usize, bench: &Bench) -> Projection {
+    let random = |shape| random(shape, 0.05, &bench.device);
+    let (a, b) = (random([RANK, k]).require_grad(), random([n, RANK]).require_grad());
+    let adapter = ProjectionAdapter { a, b, path: AdapterPath::new(SCALE, None) };
+    Projection { weight: random([n, k]), bias: None, adapter: Some(adapter) }
 }
 
-/// Forward and backward of projections through a pair of bodies.
+/// A projection as bodies take it.
+pub fn projected(projection: &Projection) -> Projected<Flex> {
+    let (adapter, path) = match &projection.adapter {
+        Some(ProjectionAdapter { a, b, path }) => (LowRank::Present { a: raw(a), b: raw(b) }, *path),
+        None => (LowRank::Absent, AdapterPath::new(1.0, None)),
+    };
+    Projected { weight: Weight::Dense(raw(&projection.weight)), bias: Optional::Absent, adapter, path }
+}
+
+/// Forward and backward of one projection through a pair of bodies.
 macro_rules! body {
-    ($forward:path, $backward:path, $x:expr, $projected:expr) => {
+    ($forward:path, $backward:path, $x:expr, $projection:expr) => {
         &mut || {
-            let (x, projected) = (raw($x), $projected);
+            let (x, projected) = (raw($x), vec![projected($projection)]);
             let y = $forward(x.clone(), Prologue::Plain, projected.clone(), None);
             black_box($backward(seed(y), x, Prologue::Plain, projected, true));
         }
@@ -61,6 +68,7 @@ fn frozen(bench: &Bench, k: usize, n: usize) {
     let Bench { device, tokens, .. } = bench;
     let x = random([*tokens, k], 1.0, device).require_grad();
     let weight = random([n, k], 0.05, device);
+    let frozen = Projection { weight: weight.clone(), bias: None, adapter: None };
     let burn = LinearConfig::new(k, n).with_bias(false).init(device).no_grad();
     let gemm = Gemm::new(*tokens, n, k, device);
     bench.compare(Contest {
@@ -68,26 +76,19 @@ fn frozen(bench: &Bench, k: usize, n: usize) {
         products: Some(Products { flop: gemm.flop(), gemm: &gemm }),
         ours: &mut || backward(frozen_linear(x.clone(), weight.clone())),
         burn: &mut || backward(burn.forward(x.clone())),
-        body: body!(Flex::project_forward, Flex::project_backward, &x, projected(&weight, None)),
-        generic: body!(
-            reference::linear::forward::<Flex>,
-            reference::linear::backward::<Flex>,
-            &x,
-            projected(&weight, None)
-        ),
+        body: body!(Flex::project_forward, Flex::project_backward, &x, &frozen),
+        generic: body!(reference::linear::forward::<Flex>, reference::linear::backward::<Flex>, &x, &frozen),
     });
 }
 
 fn lora(bench: &Bench, k: usize, n: usize) {
-    let name = format!("`lora_linear` {k} → {n}, r {RANK}, against `apply_lora`");
+    let name = format!("`project` {k} → {n}, r {RANK}, against `apply_lora`");
     if !bench.wants(&name) {
         return;
     }
     let Bench { device, tokens, .. } = bench;
     let x = random([*tokens, k], 1.0, device).require_grad();
-    let weight = random([n, k], 0.05, device);
-    let a = random([RANK, k], 0.05, device).require_grad();
-    let b = random([n, RANK], 0.05, device).require_grad();
+    let projection = adapted(k, n, bench);
     let burn = LinearConfig::new(k, n).with_bias(false).init(device).apply_lora(Lora::new(RANK, 32.0));
     let gemm = Gemm::new(*tokens, n, k, device);
     // Forward: x Aᵀ and its product with Bᵀ. Backward: dy B, dA, dB and the part of dx that goes through the adapter.
@@ -95,15 +96,10 @@ fn lora(bench: &Bench, k: usize, n: usize) {
     bench.compare(Contest {
         name: &name,
         products: Some(Products { flop: gemm.flop() + adapter, gemm: &gemm }),
-        ours: &mut || backward(lora_linear(x.clone(), weight.clone(), a.clone(), b.clone(), SCALE, None)),
+        ours: &mut || backward(project(x.clone(), Input::Plain, std::slice::from_ref(&projection), None)),
         burn: &mut || backward(burn.forward(x.clone())),
-        body: body!(Flex::project_forward, Flex::project_backward, &x, projected(&weight, Some((&a, &b)))),
-        generic: body!(
-            reference::linear::forward::<Flex>,
-            reference::linear::backward::<Flex>,
-            &x,
-            projected(&weight, Some((&a, &b)))
-        ),
+        body: body!(Flex::project_forward, Flex::project_backward, &x, &projection),
+        generic: body!(reference::linear::forward::<Flex>, reference::linear::backward::<Flex>, &x, &projection),
     });
 }
 

@@ -62,12 +62,12 @@ enum Strategy {
 const STRATEGIES: [Strategy; 4] = [Strategy::None, Strategy::Block, Strategy::Sqrt, Strategy::EveryFour];
 
 impl Strategy {
-    fn checkpointing(self) -> Checkpointing {
+    fn checkpointing(self) -> Option<Checkpointing> {
         match self {
-            Self::None => Checkpointing::None,
-            Self::Block => Checkpointing::Block,
-            Self::Sqrt => Checkpointing::Sqrt,
-            Self::EveryFour => Checkpointing::Every(FOUR),
+            Self::None => None,
+            Self::Block => Some(Checkpointing::Block),
+            Self::Sqrt => Some(Checkpointing::Sqrt),
+            Self::EveryFour => Some(Checkpointing::Every(FOUR)),
         }
     }
 
@@ -158,10 +158,11 @@ fn activations(dir: &Path, strategy: Strategy, seq: usize) -> Result<u64, Box<dy
 /// Weights are converted, so that they are in memory before the first pass begins.
 fn state(dir: &Path, strategy: Strategy) -> Result<TrainState, Box<dyn Error>> {
     let device = Device::flex().autodiff();
+    let device = if strategy.checkpointing().is_some() { device.gradient_checkpointing() } else { device };
     let options = LoadOptions::new(Some(FloatDtype::F32), FloatDtype::F32, AttentionKind::Fused);
     let (mut model, _) = CausalLm::load(dir, &options, &device)?;
     attach(&mut model, &LoraOptions::default(), &device)?;
-    model.set_checkpointing(strategy.checkpointing());
+    model.set_checkpointing(strategy.checkpointing().unwrap_or_default());
     let optimizer = AdamW { betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0.0 };
     Ok(TrainState::new(model, optimizer, LrSchedule::new(1e-4, Decay::Constant, 0, 1, 0.0), None, 0)?)
 }

@@ -46,7 +46,7 @@ struct Args {
     steps: usize,
     /// none, block, sqrt or every:N
     #[arg(long, default_value = "none", value_parser = checkpointing)]
-    checkpointing: Checkpointing,
+    checkpointing: Strategy,
     /// How frozen weights are stored, `auto` as in the files; computing is in f32
     #[arg(long, value_enum, default_value_t = Weights::Auto)]
     weights: Weights,
@@ -75,6 +75,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         return Err("--steps and --seq are at least 2".into());
     }
     let device = Device::flex().autodiff();
+    let device = if args.checkpointing.0.is_some() { device.gradient_checkpointing() } else { device };
     let model = load(&args, &device)?;
     let batch = batch(args.rows, args.seq, model.config().vocab_size);
     let flop = Flop::of_step(&model, args.rows, args.seq, batch.targets.len());
@@ -138,7 +139,7 @@ fn load(args: &Args, device: &Device) -> Result<CausalLm, Box<dyn Error>> {
         Some(dir) => peft::apply(&mut model, &peft::load(dir)?, device)?,
         None => attach(&mut model, &LoraOptions { r: 16, alpha: 32.0, ..LoraOptions::default() }, device)?,
     };
-    model.set_checkpointing(args.checkpointing);
+    model.set_checkpointing(args.checkpointing.0.unwrap_or_default());
     Ok(model)
 }
 
@@ -161,13 +162,18 @@ fn random_ids(count: usize, vocab_size: usize) -> Vec<u32> {
     (0..count).map(|_| next()).collect()
 }
 
-fn checkpointing(text: &str) -> Result<Checkpointing, String> {
+/// Gradient checkpointing, if there is any.
+#[derive(Clone, Copy)]
+struct Strategy(Option<Checkpointing>);
+
+fn checkpointing(text: &str) -> Result<Strategy, String> {
     match (text, text.strip_prefix("every:")) {
-        ("none", _) => Ok(Checkpointing::None),
-        ("block", _) => Ok(Checkpointing::Block),
-        ("sqrt", _) => Ok(Checkpointing::Sqrt),
+        ("none", _) => Ok(Strategy(None)),
+        ("block", _) => Ok(Strategy(Some(Checkpointing::Block))),
+        ("sqrt", _) => Ok(Strategy(Some(Checkpointing::Sqrt))),
         (_, Some(blocks)) => {
-            blocks.parse::<NonZeroUsize>().map(Checkpointing::Every).map_err(|error| error.to_string())
+            let blocks = blocks.parse::<NonZeroUsize>().map_err(|error| error.to_string())?;
+            Ok(Strategy(Some(Checkpointing::Every(blocks))))
         }
         _ => Err("none, block, sqrt or every:N".to_owned()),
     }

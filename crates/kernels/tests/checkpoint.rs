@@ -2,6 +2,9 @@
 
 mod support;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 use emberlora_kernels::checkpoint::{backward_with, checkpoint};
@@ -70,7 +73,7 @@ fn recomputation_changes_no_bit_of_loss_and_gradients() {
 
 #[test]
 fn a_block_used_twice_gets_both_gradients() {
-    let device = Device::flex().autodiff();
+    let device = Device::flex().autodiff().gradient_checkpointing();
     let block = Block::new(&device);
     let shared = [block.clone(), block];
     let x = normal([5, 16], 1.0, &device);
@@ -79,7 +82,7 @@ fn a_block_used_twice_gets_both_gradients() {
 
 #[test]
 fn several_blocks_form_one_segment() {
-    let device = Device::flex().autodiff();
+    let device = Device::flex().autodiff().gradient_checkpointing();
     let blocks: Vec<Block> = (0..4).map(|_| Block::new(&device)).collect();
     let x = normal([5, 16], 1.0, &device);
     let segmented = |x: Tensor<2>| {
@@ -95,6 +98,26 @@ fn several_blocks_form_one_segment() {
     assert_eq!(values(&blocks[3].b.val().grad(&grads).unwrap()), expected[8]);
 }
 
+/// How often a block runs in one step on `device`.
+fn runs(device: &Device) -> usize {
+    let block = Block::new(device);
+    let count = Arc::new(AtomicUsize::new(0));
+    let counted = count.clone();
+    let y = checkpoint(&block, normal([5, 16], 1.0, device), move |block, x| {
+        counted.fetch_add(1, Ordering::Relaxed);
+        block.forward(x, 0)
+    });
+    probe(y).backward();
+    count.load(Ordering::Relaxed)
+}
+
+#[test]
+fn the_device_decides_whether_a_block_runs_again() {
+    let device = Device::flex().autodiff();
+    assert_eq!(runs(&device), 1);
+    assert_eq!(runs(&device.gradient_checkpointing()), 2);
+}
+
 #[test]
 fn without_autodiff_the_block_just_runs() {
     let device = Device::flex();
@@ -107,7 +130,7 @@ fn without_autodiff_the_block_just_runs() {
 #[test]
 #[should_panic(expected = "captured a tracked tensor")]
 fn a_captured_tracked_tensor_is_refused_in_the_forward_pass() {
-    let device = Device::flex().autodiff();
+    let device = Device::flex().autodiff().gradient_checkpointing();
     let block = Block::new(&device);
     let captured = Tensor::<2>::ones([5, 16], &device).require_grad() * 2.0;
     let x = normal([5, 16], 1.0, &device).require_grad();

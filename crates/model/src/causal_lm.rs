@@ -60,7 +60,8 @@ impl CausalLm {
         self.embed_tokens.val().device().without_autodiff()
     }
 
-    /// Chooses what the backward pass computes again.
+    /// Chooses what the backward pass computes again at one time, where the adapters' device asks for gradient
+    /// checkpointing.
     pub fn set_checkpointing(&mut self, checkpointing: Checkpointing) {
         self.settings.checkpointing = checkpointing;
     }
@@ -115,20 +116,15 @@ impl CausalLm {
         let context = self.context(input, pass);
         let last = Context { rows: rows.map(|rows| self.indices(rows)), ..context.clone() };
         let layers = self.layers.len();
-        let group = self.settings.checkpointing.group(layers);
-        let size = group.unwrap_or(layers).max(1);
+        let size = self.settings.checkpointing.group(layers);
         let mut x = self.embed(input);
         for (index, blocks) in self.layers.chunks(size).enumerate() {
             let (context, last) = (context.clone(), last.clone());
-            let run = move |blocks: &[Block], x| {
+            x = checkpoint(&blocks.to_vec(), x, move |blocks: &Vec<Block>, x| {
                 blocks.iter().zip(index * size + 1..).fold(x, |x, (block, number)| {
                     block.forward(x, if number == layers { &last } else { &context }, None)
                 })
-            };
-            x = match group {
-                None => run(blocks, x),
-                Some(_) => checkpoint(&blocks.to_vec(), x, move |blocks: &Vec<Block>, x| run(blocks, x)),
-            };
+            });
         }
         self.normed(x)
     }

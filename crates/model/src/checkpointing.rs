@@ -1,15 +1,14 @@
-//! How much of a forward pass is computed again in the backward pass.
+//! How much of a forward pass is computed again at one time in the backward pass.
 
 use std::num::NonZeroUsize;
 
-/// Which blocks share one checkpoint. Between checkpoints nothing is kept, and the blocks of one checkpoint run a second
-/// time when the gradient reaches them.
+/// Which blocks share one checkpoint, on a device that asks for
+/// [gradient checkpointing](burn::tensor::Device::gradient_checkpointing); on any other everything is kept. Between
+/// checkpoints nothing is kept, and the blocks of one checkpoint run a second time when the gradient reaches them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Checkpointing {
-    /// Everything is kept.
-    #[default]
-    None,
     /// One checkpoint per block.
+    #[default]
     Block,
     /// Groups of ⌈√layers⌉ blocks, which keeps about 2√layers blocks at the peak (Chen et al. 2016,
     /// <https://arxiv.org/abs/1604.06174>).
@@ -19,13 +18,12 @@ pub enum Checkpointing {
 }
 
 impl Checkpointing {
-    /// Blocks per checkpoint in a model of `layers` blocks; `None` for no checkpoints.
-    pub fn group(self, layers: usize) -> Option<usize> {
+    /// Blocks per checkpoint in a model of `layers` blocks, at least one.
+    pub fn group(self, layers: usize) -> usize {
         match self {
-            Self::None => None,
-            Self::Block => Some(1),
-            Self::Sqrt => Some(ceil_sqrt(layers)),
-            Self::Every(blocks) => Some(blocks.get()),
+            Self::Block => 1,
+            Self::Sqrt => ceil_sqrt(layers),
+            Self::Every(blocks) => blocks.get(),
         }
     }
 }
@@ -42,9 +40,8 @@ mod tests {
     #[test]
     fn groups_follow_the_strategy() {
         let every = |n| Checkpointing::Every(NonZeroUsize::new(n).unwrap());
-        assert_eq!(Checkpointing::None.group(30), None);
-        assert_eq!(Checkpointing::Block.group(30), Some(1));
-        assert_eq!([1, 4, 5, 30, 36].map(|n| Checkpointing::Sqrt.group(n).unwrap()), [1, 2, 3, 6, 6]);
-        assert_eq!(every(4).group(30), Some(4));
+        assert_eq!(Checkpointing::Block.group(30), 1);
+        assert_eq!([1, 4, 5, 30, 36].map(|n| Checkpointing::Sqrt.group(n)), [1, 2, 3, 6, 6]);
+        assert_eq!(every(4).group(30), 4);
     }
 }

@@ -191,14 +191,16 @@ impl LoadedModel {
             Attention::Eager => AttentionKind::Eager,
         };
         let options = LoadOptions::new(device.weight_dtype(*dtype)?, device.compute_dtype(*compute_dtype)?, attention);
+        let checkpointing = match config.gradient_checkpointing {
+            GradientCheckpointing::None => None,
+            GradientCheckpointing::Block => Some(Checkpointing::Block),
+            GradientCheckpointing::Sqrt => Some(Checkpointing::Sqrt),
+            GradientCheckpointing::Every(blocks) => Some(Checkpointing::Every(blocks)),
+        };
         let on = device.device.clone().autodiff();
+        let on = if checkpointing.is_some() { on.gradient_checkpointing() } else { on };
         let (mut model, report) = CausalLm::load(&base.dir, &options, &on)?;
-        model.set_checkpointing(match config.gradient_checkpointing {
-            GradientCheckpointing::None => Checkpointing::None,
-            GradientCheckpointing::Block => Checkpointing::Block,
-            GradientCheckpointing::Sqrt => Checkpointing::Sqrt,
-            GradientCheckpointing::Every(blocks) => Checkpointing::Every(blocks),
-        });
+        model.set_checkpointing(checkpointing.unwrap_or_default());
         let adapter = adapter::put_on(&mut model, &config.adapter, choice, config.seed, &on)?;
         Ok(Self { model, report, adapter, device })
     }

@@ -1,8 +1,10 @@
 //! Gradient checkpointing (Chen et al.: *Training Deep Nets with Sublinear Memory Cost*, 2016) as one node of Burn's
 //! autodiff graph.
 //!
-//! [`checkpoint`] runs a block on the inner backend, where nothing is recorded, and adds one node that saves the block's
-//! input. In the backward pass the block runs again on fresh autodiff leaves; the gradients of its input and of its
+//! Whether anything is computed again is a property of the autodiff decorator: on a device with
+//! [`gradient_checkpointing`](burn::tensor::Device::gradient_checkpointing) [`checkpoint`] runs a block on the inner
+//! backend, where nothing is recorded, and adds one node that saves the block's input; on any other it just runs the
+//! block. In the backward pass the block runs again on fresh autodiff leaves; the gradients of its input and of its
 //! trainable parameters are registered in the outer gradients, so an ordinary `loss.backward()` works.
 //!
 //! Everything trainable must be reachable through the module or be the input. A *tracked* tensor captured by the
@@ -17,15 +19,16 @@ use std::sync::Arc;
 
 use burn::backend::Dispatch;
 use burn::module::Module;
-use burn::tensor::{Gradients, Tensor};
+use burn::tensor::{GradientCheckpointingStrategy, Gradients, Tensor};
 
 pub use ops::{CheckpointOps, Segment, SegmentGrads, SegmentRef};
 
 use segment::{ModuleSegment, device_of, trainable_of};
 
-/// Runs `f(module, x)` without recording it, and again in the backward pass.
+/// Runs `f(module, x)`; where the device of `x` or of the module's parameters asks for gradient checkpointing, without
+/// recording it, and again in the backward pass.
 ///
-/// Without anything to differentiate this is `f(module, x)`.
+/// Without anything to differentiate, and on a device without gradient checkpointing, this is `f(module, x)`.
 ///
 /// # Panics
 /// When `f` captured a tracked tensor, see the [module's docs](self).
@@ -43,10 +46,10 @@ where
     if !x.is_tracked() && trainable.is_empty() {
         return f(module, x);
     }
-    let Some(strategy) = device.gradient_checkpointing_strategy() else {
+    if device.gradient_checkpointing_strategy() != Some(GradientCheckpointingStrategy::Balanced) {
         return f(module, x);
-    };
-    let segment: SegmentRef = Arc::new(ModuleSegment::new(module.clone(), f, strategy));
+    }
+    let segment: SegmentRef = Arc::new(ModuleSegment::new(module.clone(), f));
     let anchor = Tensor::<1>::zeros([1], &device).require_grad();
     Tensor::from_dispatch(<Dispatch as CheckpointOps>::checkpoint_segment(
         x.into_dispatch(),

@@ -12,8 +12,10 @@ pub(super) struct ModuleSegment<M, F, const D: usize, const E: usize> {
     /// Handles on the parameters, no copy.
     module: M,
     f: F,
-    strategy: GradientCheckpointingStrategy,
 }
+
+/// How the second run is recorded: it is short-lived, so nothing in it is computed a third time.
+const STRATEGY: GradientCheckpointingStrategy = GradientCheckpointingStrategy::Disabled;
 
 impl<M, F, const D: usize, const E: usize> Segment for ModuleSegment<M, F, D, E>
 where
@@ -34,9 +36,9 @@ where
     }
 
     fn recompute(&self, x: DispatchTensor, grad: DispatchTensor, need_x: bool) -> SegmentGrads {
-        let mut leaves = FreshLeaves { strategy: self.strategy, taken: Vec::new() };
+        let mut leaves = FreshLeaves { taken: Vec::new() };
         let module = self.module.clone().map(&mut leaves);
-        let x = Tensor::<D>::from_dispatch(x).autodiff().with_gradient_checkpointing_strategy(self.strategy);
+        let x = Tensor::<D>::from_dispatch(x).autodiff().with_gradient_checkpointing_strategy(STRATEGY);
         let x = if need_x { x.require_grad() } else { x };
         let y = (self.f)(&module, x.clone());
         drop(module);
@@ -91,18 +93,17 @@ type TakeGrad = Box<dyn FnOnce(&mut Gradients) -> Option<DispatchTensor>>;
 
 /// Maps trainable parameters to fresh leaves, which form a graph of their own, and frozen ones to plain tensors.
 struct FreshLeaves {
-    strategy: GradientCheckpointingStrategy,
     taken: Vec<(ParamId, TakeGrad)>,
 }
 
 impl ModuleMapper for FreshLeaves {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let (id, strategy, taken) = (param.id, self.strategy, &mut self.taken);
+        let (id, taken) = (param.id, &mut self.taken);
         param.map(|tensor| {
             if !tensor.is_require_grad() {
                 return tensor.inner();
             }
-            let leaf = tensor.inner().autodiff().with_gradient_checkpointing_strategy(strategy).require_grad();
+            let leaf = tensor.inner().autodiff().with_gradient_checkpointing_strategy(STRATEGY).require_grad();
             let handle = leaf.clone();
             let take: TakeGrad = Box::new(move |grads| handle.grad_remove(grads).map(Tensor::into_dispatch));
             taken.push((id, take));

@@ -102,7 +102,7 @@ impl CausalLm {
                 config,
                 compute_dtype: options.compute_dtype,
                 attention: options.attention,
-                checkpointing: Checkpointing::None,
+                checkpointing: Checkpointing::default(),
             },
         };
         report.parameters = model.num_base_parameters();

@@ -9,10 +9,12 @@
 //! | four bit | NF4 and FP4: two codes to a byte, a scale for every block ([`FourBit`]) |
 //! | double | those scales in 8 bits ([`DoubleScales`]) |
 //! | int8 | a scale for every row ([`Int8`]), and [activations](quantise_rows) in the same format |
+//! | [`bnb`] | the tensors and the JSON in which checkpoints hold packed weights |
 //!
 //! Packed bytes, scales and dequantised values are those of bitsandbytes 0.50.2 on a CPU, bit for bit.
 //! `tests/fixtures/quant` at the top of the repository holds what it wrote, for tests to compare with.
 
+pub mod bnb;
 mod codebook;
 mod dense;
 mod double;

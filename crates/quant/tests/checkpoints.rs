@@ -57,6 +57,40 @@ fn what_bitsandbytes_wrote_is_read_and_written_again_byte_for_byte() {
 }
 
 #[test]
+fn models_that_transformers_quantised_hold_what_packing_their_source_gives() {
+    let source = golden("../llama/model.safetensors");
+    let source = tensors(&source);
+    for (name, scheme) in [
+        ("llama_nf4_double", Scheme::new(QuantKind::Nf4, BlockSize::default(), true)),
+        ("llama_fp4", Scheme::new(QuantKind::Fp4, BlockSize::default(), false)),
+        ("llama_int8", Scheme::Int8),
+    ] {
+        let config: Value = serde_json::from_slice(&golden(&format!("{name}/config.json"))).unwrap();
+        let config = &config["quantization_config"];
+        let read_config = Config::from_json(config).unwrap();
+        assert_eq!(read_config.kind, scheme.kind());
+        assert_eq!(read_config.to_json(), *config, "{name}");
+
+        let file = golden(&format!("{name}/model.safetensors"));
+        let file = tensors(&file);
+        let mut quantised = 0;
+        for weight in source.names() {
+            let module = weight.strip_suffix(".weight").unwrap();
+            let parts = parts(&file, module);
+            if let Some(packed) = read(&parts, weight).unwrap() {
+                let (shape, dtype) = matrix(&source, weight);
+                assert_eq!(packed, pack(weight, shape, dtype, bytes(&source, weight), scheme).unwrap(), "{weight}");
+                assert_eq!(to_tensors(weight, &packed).into_iter().collect::<Checkpoint<'_>>(), parts, "{weight}");
+                quantised += 1;
+            } else {
+                assert_eq!(parts[weight].bytes, bytes(&source, weight), "{weight}");
+            }
+        }
+        assert_eq!(quantised, 14, "{name}");
+    }
+}
+
+#[test]
 fn a_dense_weight_is_not_a_quantised_one() {
     let dense = Tensor::new(Element::Float(FloatDtype::Bf16), vec![2, 2], vec![0; 8]);
     let checkpoint = BTreeMap::from([("q_proj.weight".to_owned(), dense)]);

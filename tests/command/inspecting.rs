@@ -63,6 +63,32 @@ fn packed_rows_show_where_documents_begin() {
 }
 
 #[test]
+fn what_documents_begin_with_alike_is_shown_once() {
+    let shown = |sharing: &str| {
+        let sharing = format!("data.share_prefix={sharing}");
+        emberlora(&["inspect", QUICKSTART, &sharing, "data.max_seq_len=256", "--rows", "1"]).ok()
+    };
+    let (shared, apart) = (shown("auto"), shown("off"));
+    assert!(shared.contains("shared prefixes save") && shared.contains("computed"), "{shared}");
+    let heading = shared.lines().position(|line| line.contains("shared by ")).unwrap();
+    let beginning = shared.lines().nth(heading + 1).unwrap();
+    let below_headings = |shown: &str| {
+        let lines: Vec<&str> = shown.lines().collect();
+        lines.windows(2).filter(|pair| pair[0].starts_with('─') && pair[1] == beginning).count()
+    };
+    assert_eq!(below_headings(&shared), 1, "{shared}");
+    assert!(apart.contains("(data.share_prefix: off)") && !apart.contains("shared by "), "{apart}");
+}
+
+#[test]
+fn why_nothing_is_shared_is_said() {
+    let dropout = emberlora(&["inspect", QUICKSTART, "adapter.dropout=0.1", "--rows", "1"]).ok();
+    assert!(dropout.contains("prefixes are not shared (adapter.dropout is above 0)"), "{dropout}");
+    let packing = emberlora(&["inspect", QUICKSTART, "data.packing=false", "--rows", "1"]).ok();
+    assert!(packing.contains("prefixes are not shared (data.packing: false)"), "{packing}");
+}
+
+#[test]
 fn a_reader_that_has_seen_enough_is_no_failure() {
     let mut child =
         command(&["inspect", QUICKSTART, "--json"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();

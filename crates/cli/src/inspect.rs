@@ -139,12 +139,15 @@ fn listed(items: impl ExactSizeIterator<Item = String>) -> String {
 
 fn show_row(number: usize, row: &Row<'_>, tokenizer: &Tokenizer, out: &mut dyn Write) -> anyhow::Result<()> {
     let [given, computed, trained] = row.tokens();
-    let documents = row.documents().len();
+    let documents = match row.documents().len() {
+        1 => "1 document".to_owned(),
+        count => format!("{count} documents"),
+    };
     let padding = row.batch.seq - computed;
     let shared = if computed < given { format!(", {computed} computed") } else { String::new() };
     writeln!(
         out,
-        "\n{HEADING}row {number}: {documents} documents, {given} tokens{shared}, {trained} trained, {padding} padding{HEADING:#}"
+        "\n{HEADING}row {number}: {documents}, {given} tokens{shared}, {trained} trained, {padding} padding{HEADING:#}"
     )?;
     for segment in &row.segments {
         let (tokens, before) = row.text(segment);
@@ -152,7 +155,8 @@ fn show_row(number: usize, row: &Row<'_>, tokenizer: &Tokenizer, out: &mut dyn W
         let trained = tokens.iter().filter(|&&(_, trained)| trained).count();
         let after = if before.is_empty() { String::new() } else { format!(" after {} shared", before.len()) };
         let (owners, count) = (row.owners(segment), tokens.len());
-        writeln!(out, "{MARK}{rule} {owners}: {count} tokens{after}, {trained} trained ──{MARK:#}")?;
+        let unit = if count == 1 { "token" } else { "tokens" };
+        writeln!(out, "{MARK}{rule} {owners}: {count} {unit}{after}, {trained} trained ──{MARK:#}")?;
         show_tokens(&tokens, &before, tokenizer, out)?;
     }
     Ok(())

@@ -83,7 +83,8 @@ impl Epochs {
     ///
     /// Shuffled: the documents are permuted, packed (ties between equally long documents follow the permutation), and the
     /// rows are permuted, since packing leaves them sorted by their longest document. In order: without packing, the order
-    /// of the files; with it, rows by their first document in that order, and the documents of a row in that order.
+    /// of the files; with it, rows by their first document in that order, and the documents of a row in that order, unless
+    /// they share prefixes, which only neighbours can.
     fn rows(&self, packing: bool, seed: u64, epoch: u64) -> Vec<Vec<usize>> {
         let mut members: Vec<usize> = Vec::new();
         for (index, group) in self.groups.iter().enumerate() {

@@ -214,6 +214,10 @@ fn a_run_too_long_to_count_has_the_most_steps_there_are() {
     assert_eq!(dataset.total_steps(0, 1e300, 1), usize::MAX);
     assert_eq!(dataset.total_steps(0, f64::INFINITY, 1), usize::MAX);
     assert_eq!(dataset.total_steps(0, f64::NAN, 1), 0);
+    let packed = Layout { share_prefix: PrefixSharing::On, ..layout(1, 8, true, true) };
+    let dataset = Dataset::from_documents(uniform(7, 3), packed, PAD).unwrap();
+    assert_eq!(dataset.total_steps(0, 2.5, 1), 4 + 4 + 2);
+    assert_eq!(dataset.total_steps(0, f64::INFINITY, 1), usize::MAX);
 }
 
 #[test]

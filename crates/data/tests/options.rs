@@ -50,15 +50,24 @@ fn evaluation_keeps_the_order_of_its_files() {
 
 #[test]
 fn why_prefixes_are_not_shared_is_the_first_reason() {
-    let sharing = |overrides: &[&str], outside: Option<PrefixSharing>| {
+    let sharing = |overrides: &[&str]| {
         let overrides: Vec<String> = overrides.iter().map(|&text| text.to_owned()).collect();
-        let options = DataOptions::train(&RunConfig::parse(RECIPE, "recipe.yaml", &overrides).unwrap());
-        outside.into_iter().fold(options, DataOptions::without_sharing).share_prefix
+        DataOptions::train(&RunConfig::parse(RECIPE, "recipe.yaml", &overrides).unwrap())
     };
-    let packing = "data.packing=true";
-    assert_eq!(sharing(&[packing], None), PrefixSharing::On);
-    assert_eq!(sharing(&[packing], Some(PrefixSharing::Dropout)), PrefixSharing::Dropout);
-    assert_eq!(sharing(&[packing, "data.share_prefix=off"], Some(PrefixSharing::Dropout)), PrefixSharing::OffByRecipe);
-    assert_eq!(sharing(&["data.share_prefix=off"], None), PrefixSharing::OffByRecipe);
-    assert_eq!(sharing(&[], Some(PrefixSharing::Dropout)), PrefixSharing::PackingOff);
+    let [packing, off, dropout] = ["data.packing=true", "data.share_prefix=off", "adapter.dropout=0.1"];
+    assert_eq!(sharing(&[packing]).share_prefix, PrefixSharing::On);
+    assert_eq!(sharing(&[packing, dropout]).share_prefix, PrefixSharing::Dropout);
+    assert_eq!(sharing(&[packing, off, dropout]).share_prefix, PrefixSharing::OffByRecipe);
+    assert_eq!(sharing(&[off]).share_prefix, PrefixSharing::OffByRecipe);
+    assert_eq!(sharing(&[dropout]).share_prefix, PrefixSharing::PackingOff);
+    let outside = |options: DataOptions| options.without_sharing(PrefixSharing::PositionsDependOnLength).share_prefix;
+    assert_eq!(outside(sharing(&[packing])), PrefixSharing::PositionsDependOnLength);
+    assert_eq!(outside(sharing(&[packing, dropout])), PrefixSharing::Dropout);
+}
+
+#[test]
+fn evaluation_drops_nothing_and_shares_prefixes() {
+    let overrides = ["data.packing=true".to_owned(), "adapter.dropout=0.1".to_owned()];
+    let config = RunConfig::parse(RECIPE, "recipe.yaml", &overrides).unwrap();
+    assert_eq!(DataOptions::eval(&config).share_prefix, PrefixSharing::On);
 }

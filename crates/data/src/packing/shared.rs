@@ -18,9 +18,10 @@ const WORTH: usize = 8;
 /// [`WORTH`]), the documents that begin with it are packed among themselves, so that it is in as few rows as possible, and
 /// what then lies in a row stays together. The empty prefix comes last.
 ///
-/// For n documents this takes about O(n log n): [`pack_bundles`] does, and no document is packed often. What begins with a
-/// prefix either fits into one row and is one item from then on, or makes rows that are half full on average; the next
-/// prefix that is worth packing them again must be a sixteenth of a row longer than the one after.
+/// For n documents and rows of c tokens this takes about O(n·log n·log c): [`pack_bundles`] takes O(n·log n), and no
+/// document is packed more often than log c times. What begins with a prefix either fits into one row and is one item
+/// from then on, or fills most of its rows by half and more. The next shorter prefix that is worth packing them again then
+/// leaves at least a sixteenth more of a row than this one.
 ///
 /// A document that is in `members` more than once is in as many rows: an epoch that trains it twice is meant to see it
 /// at two different times.

@@ -79,8 +79,8 @@ pub(crate) enum Fallback<T> {
     Nested,
 }
 
-pub(crate) fn required<T>(placeholder: T) -> Fallback<T> {
-    Fallback::Required(placeholder)
+pub(crate) fn required<T>(stand_in: T) -> Fallback<T> {
+    Fallback::Required(stand_in)
 }
 
 pub(crate) fn nested<T>() -> Fallback<T> {

@@ -153,13 +153,13 @@ impl<'a> Reader<'a> {
             return read;
         }
         match fallback {
-            Fallback::Required(placeholder) => {
+            Fallback::Required(stand_in) => {
                 if given.is_none() {
                     let problem =
                         Problem::new(join(&self.path, key), &Place::Nowhere, "is required").allowed(spec.allowed());
                     self.push(problem);
                 }
-                Some(placeholder)
+                Some(stand_in)
             }
             Fallback::Value(value) => Some(value),
             Fallback::Computed(_, compute) => Some(compute(self.recipe)),

@@ -3,6 +3,8 @@
 //! h is packed once for all projections of a group; the adapter's product is a further stretch of the inner dimension of
 //! the frozen one; a weight stored in a narrower format is widened tile by tile.
 
+mod few_rows;
+
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::tensor::DType;
@@ -13,7 +15,6 @@ use crate::activation::{self, Gate};
 use crate::flex::{Rows, f32_tensor};
 use crate::gemm::{self, Dropped, Gated, Job, Lanes, Left, Matrix, Normed, Operand, Source, Start, Stored, Term};
 use crate::norm;
-use crate::simd::{lane_sum, vectorised};
 
 /// Rows up to which a product is limited by reading the weight, so that each weight is read once and used at once.
 const FEW_ROWS: usize = 4;
@@ -184,14 +185,21 @@ impl Low {
         Self { values, width, firsts }
     }
 
-    /// s_i · h̃_i A_iᵀ.
-    fn hidden(rows: usize, h: &dyn Source, left: &Left, inner: usize, parts: &[Part], sources: &Sources) -> Self {
+    /// s_i · h̃_i A_iᵀ. `left` is h, packed, for the parts without dropout.
+    fn hidden(
+        rows: usize,
+        h: &dyn Source,
+        left: Option<&Left>,
+        inner: usize,
+        parts: &[Part],
+        sources: &Sources,
+    ) -> Self {
         let pack = |dropout| Left::pack(rows, inner, Operand::new(&Dropped::new(h, inner, dropout), Lanes::Rows));
         let own: Vec<Option<Left>> =
             parts.iter().map(|part| part.adapter.as_ref().and(part.path.dropout).map(pack)).collect();
         Self::product(rows, parts, |i| {
             let (a, ..) = sources.factors[i].as_ref().expect("asked for adapters only");
-            (own[i].as_ref().unwrap_or(left), Operand::new(a, Lanes::Rows))
+            (own[i].as_ref().or(left).expect("h is packed for parts without dropout"), Operand::new(a, Lanes::Rows))
         })
     }
 
@@ -225,7 +233,7 @@ fn forward(
         0..=FEW_ROWS => few_rows::forward(rows, inner, width, h, &parts, &sources),
         _ => {
             let left = Left::pack(rows, inner, Operand::new(h, Lanes::Rows));
-            let low = Low::hidden(rows, h, &left, inner, &parts, &sources).packed(rows, &sources);
+            let low = Low::hidden(rows, h, Some(&left), inner, &parts, &sources).packed(rows, &sources);
             let jobs: Vec<Job> = parts
                 .iter()
                 .enumerate()
@@ -318,8 +326,9 @@ fn adapter_grads(
         return parts.iter().map(|_| None).collect();
     }
     let low = {
-        let left = Left::pack(rows, inner, Operand::new(h, Lanes::Rows));
-        Low::hidden(rows, h, &left, inner, parts, sources)
+        let shared = parts.iter().any(|part| part.adapter.is_some() && part.path.dropout.is_none());
+        let left = shared.then(|| Left::pack(rows, inner, Operand::new(h, Lanes::Rows)));
+        Low::hidden(rows, h, left.as_ref(), inner, parts, sources)
     };
     // Lᵀ R of two matrices with M rows.
     let transposed = |left: &dyn Source, rank: usize, right: &dyn Source, columns: usize| {
@@ -341,69 +350,7 @@ fn adapter_grads(
         let db = (0..part.columns * rank).map(|at| db_t[at % rank * part.columns + at / rank]).collect();
         Some((f32_tensor(da, [*rank, inner]), f32_tensor(db, [part.columns, *rank])))
     };
-    debug_assert_eq!(sources.factors.len(), parts.len());
     parts.iter().enumerate().map(of_part).collect()
-}
-
-mod few_rows {
-    //! As a generated token has: each row of a weight is read once, and multiplied while it is in cache.
-
-    use super::*;
-
-    vectorised! {
-        fn dot(a: &[f32], b: &[f32]) -> f32 {
-            let b = &b[..a.len()];
-            lane_sum(a.len(), |i| a[i] * b[i])
-        }
-    }
-
-    /// x Rᵀ for the first `columns` rows of R: `[M, columns]`.
-    fn times(x: &[f32], rows: usize, inner: usize, right: &dyn Source, columns: usize) -> Vec<f32> {
-        // Rows of R that one worker takes.
-        const TAKEN: usize = 64;
-        let mut by_column = vec![0f32; columns * rows];
-        by_column.par_chunks_mut((TAKEN * rows).max(1)).enumerate().for_each(|(chunk, out)| {
-            let mut row = vec![0f32; inner];
-            for (i, out) in out.chunks_exact_mut(rows).enumerate() {
-                right.read(chunk * TAKEN + i, 0, &mut row);
-                out.iter_mut().zip(x.chunks_exact(inner)).for_each(|(out, x)| *out = dot(x, &row));
-            }
-        });
-        (0..rows * columns).map(|at| by_column[at % columns * rows + at / columns]).collect()
-    }
-
-    pub(super) fn forward(
-        rows: usize,
-        inner: usize,
-        width: usize,
-        h: &dyn Source,
-        parts: &[Part],
-        sources: &Sources,
-    ) -> Vec<f32> {
-        let mut y = vec![0f32; rows * width];
-        if y.is_empty() || inner == 0 {
-            return y;
-        }
-        let read = |source: &dyn Source| {
-            let mut values = vec![0f32; rows * inner];
-            values.chunks_exact_mut(inner).enumerate().for_each(|(row, out)| source.read(row, 0, out));
-            values
-        };
-        let x = read(h);
-        for (i, part) in parts.iter().enumerate() {
-            let mut out = times(&x, rows, inner, &*sources.weights[i], part.columns);
-            if let Some((a, b, rank)) = &sources.factors[i] {
-                let dropped = part.path.dropout.map(|dropout| read(&Dropped::new(h, inner, dropout)));
-                let low = times(dropped.as_ref().unwrap_or(&x), rows, inner, a, *rank);
-                let update = times(&low, rows, *rank, b, part.columns);
-                out.iter_mut().zip(&update).for_each(|(out, update)| *out += part.path.scale * update);
-            }
-            for (y, out) in y.chunks_exact_mut(width).zip(out.chunks_exact(part.columns.max(1))) {
-                y[part.first..][..part.columns].copy_from_slice(out);
-            }
-        }
-        y
-    }
 }
 
 impl LinearBodies for Flex {

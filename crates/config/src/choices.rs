@@ -8,10 +8,6 @@ use serde_json::{Value as Json, json};
 use crate::node::{Content, Node};
 use crate::spec::{Reader, Section, Spec, required, section, whole};
 
-/// How frozen weights are packed. There is no value of this type yet: every setting is refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Quantization {}
-
 /// What is recomputed in the backward pass instead of being kept from the forward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GradientCheckpointing {
@@ -38,36 +34,6 @@ pub enum DeviceChoice {
     Wgpu(Option<usize>),
     /// An NVIDIA GPU; the number picks one of several.
     Cuda(Option<usize>),
-}
-
-/// Accepts `null` alone.
-pub(crate) struct QuantizationSpec;
-
-impl Spec for QuantizationSpec {
-    type Out = Option<Quantization>;
-
-    fn read(&self, node: &Node, reader: &mut Reader<'_>) -> Option<Option<Quantization>> {
-        if node.is_null() {
-            return Some(None);
-        }
-        let message = "this version of emberlora does not support quantized weights";
-        reader.refuse(node, message, self.allowed())
-    }
-
-    fn write(&self, value: &Option<Quantization>) -> Node {
-        match value {
-            None => Node::made(Content::Null),
-            Some(quantization) => match *quantization {},
-        }
-    }
-
-    fn allowed(&self) -> String {
-        "null".to_owned()
-    }
-
-    fn schema(&self) -> Json {
-        json!({"type": "null"})
-    }
 }
 
 section! {

@@ -33,6 +33,7 @@ mod error;
 mod model;
 mod node;
 mod overrides;
+mod quantization;
 mod reference;
 mod run;
 mod spec;
@@ -43,10 +44,11 @@ use std::path::Path;
 use serde_json::json;
 
 pub use self::adapter::{AdapterKind, AdapterSection, Exclude, Targets, TaskType};
-pub use self::choices::{DeviceChoice, GradientCheckpointing, Quantization};
+pub use self::choices::{DeviceChoice, GradientCheckpointing};
 pub use self::data::{ChatTemplateChoice, DataFormat, DataSection, DataSource, LossOn, Overflow, SharePrefix};
 pub use self::error::{ConfigError, Place, Problem};
 pub use self::model::{Attention, Dtype, ModelSection};
+pub use self::quantization::{QuantizationKind, QuantizationSection};
 pub use self::run::RunConfig;
 pub use self::train::{Optimizer, OptimizerKind, Schedule, ScheduleKind, TrainSection, Warmup};
 

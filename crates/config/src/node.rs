@@ -66,6 +66,14 @@ impl Node {
         }
     }
 
+    /// The same mapping without these keys.
+    pub(crate) fn without(mut self, keys: &[&str]) -> Self {
+        if let Content::Map(entries) = &mut self.content {
+            entries.retain(|entry| !keys.contains(&entry.key.as_str()));
+        }
+        self
+    }
+
     pub(crate) fn is_null(&self) -> bool {
         self.content == Content::Null
     }

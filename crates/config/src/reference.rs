@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use crate::run::RunConfig;
-use crate::spec::{Below, Field, Section, join};
+use crate::spec::{Below, Field, Section, join, or_null};
 
 const INTRODUCTION: &str = "\
 # The recipe
@@ -46,7 +46,7 @@ fn overview(page: &mut String, fields: &[Field], depth: usize) {
     for field in fields {
         let indent = "  ".repeat(depth);
         let line = match (&field.below, &field.default) {
-            (Below::Section(below), _) => {
+            (Below::Section(below), None) => {
                 page.push_str(&format!("{indent}{}:\n", field.key));
                 overview(page, below, depth + 1);
                 continue;
@@ -86,6 +86,7 @@ fn table(page: &mut String, fields: &[Field]) {
             (None, false) => "see below".to_owned(),
         };
         let allowed = match field.below {
+            Below::Section(_) if field.default.is_some() => or_null("a section"),
             Below::Section(_) => "a section".to_owned(),
             _ => field.allowed.clone(),
         };

@@ -3,13 +3,12 @@
 use std::path::PathBuf;
 
 use crate::adapter::AdapterSection;
-use crate::choices::{
-    CheckpointingSpec, DeviceChoice, DeviceSpec, GradientCheckpointing, Quantization, QuantizationSpec,
-};
+use crate::choices::{CheckpointingSpec, DeviceChoice, DeviceSpec, GradientCheckpointing};
 use crate::data::DataSection;
 use crate::model::ModelSection;
 use crate::node::Node;
-use crate::spec::{Below, Field, Reader, Section, computed, join, nested, path, section, value, whole};
+use crate::quantization::{QuantizationSection, QuantizationSpec};
+use crate::spec::{Below, Field, Reader, Section, computed, join, nested, optional, path, section, value, whole};
 use crate::train::TrainSection;
 
 section! {
@@ -19,8 +18,10 @@ section! {
         model: ModelSection = nested() => section();
         /// The LoRA adapters.
         adapter: AdapterSection = nested() => section();
-        /// Packed storage of the frozen weights. This version has none: any value but `null` is an error.
-        quantization: Option<Quantization> = value(None) => QuantizationSpec;
+        /// Packed storage of the frozen weights: QLoRA. Embeddings and norms are never packed, nor is a head that is tied to
+        /// the embedding; a model that is already quantised must have been quantised like this. `null` keeps the weights as
+        /// `model.dtype` says.
+        quantization: Option<QuantizationSection> = value(None) => optional(QuantizationSpec);
         /// Recompute activations in the backward pass to save memory: `none`, every `block`, groups of about `sqrt` of
         /// their number, or `{every: n}` blocks. `true` means `block` and `false` means `none`. The gradients are the
         /// same.

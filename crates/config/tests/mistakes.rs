@@ -224,6 +224,7 @@ fn unknown_names_suggest_the_nearest() {
         ("train.optimizer.kind=adam", "adamw"),
         ("device=cude:0", "cuda"),
         ("gradient_checkpointing=blocks", "block"),
+        ("quantization={kind: int4}", "int8"),
     ] {
         let problem = only(MINIMAL, &[argument]);
         assert_eq!(problem.nearest.as_deref(), Some(nearest), "{problem}");
@@ -238,12 +239,51 @@ fn devices_with_a_bad_number_are_refused() {
 }
 
 #[test]
-fn every_quantization_is_refused_until_there_is_one() {
-    for value in ["nf4", "{kind: nf4}", "4", "false"] {
-        let problem = only(MINIMAL, &[&format!("quantization={value}")]);
-        assert_eq!(problem.key, "quantization");
-        assert!(problem.message.contains("does not support quantized weights"), "{problem}");
+fn a_quantization_that_is_no_section_is_refused() {
+    for value in ["nf4", "4", "false", "[nf4]"] {
+        refused(&format!("quantization={value}"), "quantization", "kind, double_quant, block_size, skip, threshold");
     }
+    refused("quantization=4", "quantization", "or null");
+    assert_eq!(only(MINIMAL, &["quantization={}"]).key, "quantization.kind");
+    assert_eq!(only(MINIMAL, &["quantization.threshold=0"]).message, "is required");
+}
+
+#[test]
+fn wrong_values_of_quantization_are_refused() {
+    refused("quantization={kind: nf5}", "quantization.kind", "nf4, fp4 or int8");
+    refused("quantization={kind: 4}", "quantization.kind", "nf4, fp4 or int8");
+    refused("quantization={kind: fp4, double_quant: 1}", "quantization.double_quant", "true or false");
+    for size in ["0", "16", "63", "-64", "64.5", "1024", "1e30", "-1e30", ".nan", "'64'"] {
+        let argument = format!("quantization={{kind: nf4, block_size: {size}}}");
+        refused(&argument, "quantization.block_size", "32, 64, 128, 256 or 512");
+    }
+    refused("quantization={kind: nf4, skip: lm_head}", "quantization.skip", "a list of items, each a string");
+    refused("quantization={kind: nf4, skip: [3]}", "quantization.skip[0]", "a string, in quotes");
+    for threshold in ["-0.5", ".nan", ".inf", "1e50"] {
+        let argument = format!("quantization={{kind: int8, threshold: {threshold}}}");
+        refused(&argument, "quantization.threshold", "a number of at least 0");
+    }
+    let problem = only(MINIMAL, &["quantization={kind: nf4, block: 64}"]);
+    assert_eq!(problem.nearest.as_deref(), Some("block_size"), "{problem}");
+    assert_eq!(only(MINIMAL, &["quantization={kind: nf, threshold: 1}"]).nearest.as_deref(), Some("nf4"));
+    assert_eq!(only(MINIMAL, &["threshold=1"]).nearest.as_deref(), Some("quantization.threshold"));
+}
+
+#[test]
+fn keys_of_another_kind_of_quantization_are_refused() {
+    for (kind, key, value) in [
+        ("nf4", "threshold", "6.0"),
+        ("fp4", "threshold", "0"),
+        ("int8", "double_quant", "true"),
+        ("int8", "double_quant", "false"),
+        ("int8", "block_size", "64"),
+    ] {
+        let problem = only(MINIMAL, &[&format!("quantization={{kind: {kind}, {key}: {value}}}")]);
+        assert_eq!(problem.key, format!("quantization.{key}"));
+        assert_eq!(problem.message, format!("has no effect with `kind: {kind}`"));
+    }
+    let found = problems(MINIMAL, &["quantization={kind: int8, double_quant: true, block_size: 32}"]);
+    assert_eq!(found.len(), 2, "{found:#?}");
 }
 
 #[test]

@@ -39,7 +39,17 @@ fn the_schema_closes_every_section() {
     let mut sections = Vec::new();
     visit(&schema, "", &mut sections);
     let paths: Vec<_> = sections.iter().map(|(path, _)| path.as_str()).collect();
-    for path in ["", ".model", ".adapter", ".data", ".data.train[]", ".train", ".train.schedule", ".train.optimizer"] {
+    for path in [
+        "",
+        ".model",
+        ".adapter",
+        ".quantization",
+        ".data",
+        ".data.train[]",
+        ".train",
+        ".train.schedule",
+        ".train.optimizer",
+    ] {
         assert!(paths.contains(&path), "{path} is not among {paths:?}");
     }
     for (path, section) in sections {
@@ -70,6 +80,14 @@ fn the_schema_states_defaults_and_ranges() {
     let attention = &schema["properties"]["model"]["properties"]["attention"];
     assert_eq!(attention["enum"], serde_json::json!(["fused", "sdpa", "flash_attention_2", "eager"]));
     assert_eq!(schema["properties"]["seed"]["default"], 42);
+    let quantization = &schema["properties"]["quantization"];
+    assert_eq!(quantization["default"], Value::Null);
+    assert_eq!(quantization["anyOf"][1], serde_json::json!({"type": "null"}));
+    let packed = &quantization["anyOf"][0];
+    assert_eq!(packed["required"], serde_json::json!(["kind"]));
+    assert_eq!(packed["properties"]["kind"]["enum"], serde_json::json!(["nf4", "fp4", "int8"]));
+    assert_eq!(packed["properties"]["block_size"]["enum"], serde_json::json!([32, 64, 128, 256, 512]));
+    assert_eq!(packed["properties"]["threshold"]["minimum"], 0.0);
 }
 
 #[test]

@@ -106,6 +106,21 @@ fn adapter() -> impl Strategy<Value = AdapterSection> {
     )
 }
 
+/// A section whose keys that its kind does not have are at their defaults, as they are read.
+fn quantization() -> impl Strategy<Value = QuantizationSection> {
+    let skip = || vec(text(), 0..3);
+    let block_size = select(vec![32, 64, 128, 256, 512]);
+    let threshold = prop_oneof![Just(0.0), positive()];
+    let four_bit =
+        (any::<bool>(), any::<bool>(), block_size, skip()).prop_map(|(nf4, double_quant, block_size, skip)| {
+            let kind = if nf4 { QuantizationKind::Nf4 } else { QuantizationKind::Fp4 };
+            QuantizationSection::new(kind, double_quant, block_size, skip, 6.0)
+        });
+    let int8 = (skip(), threshold)
+        .prop_map(|(skip, threshold)| QuantizationSection::new(QuantizationKind::Int8, true, 64, skip, threshold));
+    prop_oneof![four_bit, int8]
+}
+
 fn data() -> impl Strategy<Value = DataSection> {
     let formats = || {
         use DataFormat::*;
@@ -188,10 +203,11 @@ fn run() -> impl Strategy<Value = RunConfig> {
         option::of(any::<usize>()).prop_map(DeviceChoice::Wgpu),
         option::of(any::<usize>()).prop_map(DeviceChoice::Cuda),
     ];
-    (model(), adapter(), checkpointing, data(), train(), (file(), device, any::<u64>())).prop_map(
-        |(model, adapter, gradient_checkpointing, data, mut train, (output, device, seed))| {
+    let frozen = (model(), option::of(quantization()));
+    (frozen, adapter(), checkpointing, data(), train(), (file(), device, any::<u64>())).prop_map(
+        |((model, quantization), adapter, gradient_checkpointing, data, mut train, (output, device, seed))| {
             train.eval_every = train.eval_every.filter(|_| !data.eval.is_empty());
-            RunConfig { model, adapter, quantization: None, gradient_checkpointing, data, train, output, device, seed }
+            RunConfig { model, adapter, quantization, gradient_checkpointing, data, train, output, device, seed }
         },
     )
 }
@@ -224,7 +240,7 @@ proptest! {
 
     #[test]
     fn no_value_under_a_known_key_makes_the_reader_panic(
-        key in select(vec!["model", "adapter.targets", "data.train", "train.schedule", "device", "gradient_checkpointing"]),
+        key in select(vec!["model", "adapter.targets", "data.train", "train.schedule", "device", "quantization.block_size", "gradient_checkpointing"]),
         value in "[\\[\\]{}:, a0.'\"&*!|>-]{0,12}",
     ) {
         drop(RunConfig::parse("seed: 1", "recipe.yaml", &[format!("{key}={value}")]));

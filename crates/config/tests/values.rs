@@ -108,6 +108,34 @@ fn gradient_checkpointing_is_a_name_a_boolean_or_a_number_of_blocks() {
 }
 
 #[test]
+fn quantization_is_off_or_a_kind_with_its_defaults() {
+    assert_eq!(with(&[]).quantization, None);
+    assert_eq!(with(&["quantization=null"]).quantization, None);
+    let defaults = |kind| QuantizationSection::new(kind, true, 64, vec!["lm_head".to_owned()], 6.0);
+    for kind in [QuantizationKind::Nf4, QuantizationKind::Fp4, QuantizationKind::Int8] {
+        let expected = Some(defaults(kind));
+        assert_eq!(with(&[&format!("quantization={{kind: {kind}}}")]).quantization, expected);
+        assert_eq!(with(&[&format!("quantization.kind={kind}")]).quantization, expected);
+    }
+    let recipe = "\
+model: {source: m}
+quantization:
+  kind: fp4
+  double_quant: false
+  block_size: 128
+  skip: [lm_head, layers.0.mlp]
+data: {train: d.jsonl}
+";
+    let skip = vec!["lm_head".to_owned(), "layers.0.mlp".to_owned()];
+    let section = QuantizationSection::new(QuantizationKind::Fp4, false, 128, skip, 6.0);
+    assert_eq!(parse(recipe, &[]).quantization, Some(section));
+
+    let int8 = with(&["quantization={kind: int8, threshold: 0, skip: []}"]).quantization;
+    let section = QuantizationSection { skip: Vec::new(), threshold: 0.0, ..defaults(QuantizationKind::Int8) };
+    assert_eq!(int8, Some(section));
+}
+
+#[test]
 fn targets_are_a_word_a_list_or_a_regular_expression() {
     let targets = |value: &str| with(&[&format!("adapter.targets={value}")]).adapter.targets;
     assert_eq!(targets("all-linear"), Targets::AllLinear);

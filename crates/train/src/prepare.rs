@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use emberlora_config::{Attention, GradientCheckpointing, ModelSection, RunConfig};
+use emberlora_config::{Attention, GradientCheckpointing, ModelSection, QuantizationKind, RunConfig};
 use emberlora_data::{
     DataError, DataOptions, Dataset, Document, NoProgress, PrefixSharing, TemplateError, Tokenizer, TokenizerError,
 };
@@ -23,6 +23,12 @@ pub enum PrepareError {
     /// The recipe has no adapter, so there is nothing to train.
     #[error("`adapter.kind: none` leaves nothing to train; set it to `lora`")]
     NoAdapter,
+    /// Models are not packed while they are loaded.
+    #[error("quantization: models cannot be loaded as {kind} yet; set it to null")]
+    Quantization {
+        /// The format that the recipe asks for.
+        kind: QuantizationKind,
+    },
     /// Gradients of f16 vanish without loss scaling, which is not done.
     #[error(
         "model.compute_dtype: f16 can evaluate and generate, but not train, since its gradients vanish; set it to bf16, f32 or auto"
@@ -185,6 +191,9 @@ impl LoadedModel {
     /// Device and formats are looked at first, then the model, then the adapter.
     pub fn load(config: &RunConfig, base: &Base, choice: AdapterChoice<'_>) -> Result<Self, PrepareError> {
         let ModelSection { source: _, revision: _, dtype, compute_dtype, attention } = &config.model;
+        if let Some(quantization) = &config.quantization {
+            return Err(PrepareError::Quantization { kind: quantization.kind });
+        }
         let device = device::choose(&config.device)?;
         let attention = match attention {
             Attention::Fused => AttentionKind::Fused,

@@ -47,7 +47,7 @@ impl Run {
         let RunConfig {
             model: model_section,
             adapter: adapter_section,
-            quantization,
+            quantization: _,           // read by `LoadedModel::load`
             gradient_checkpointing: _, // read by `LoadedModel::load`, as the device is
             data: _,                   // read by `DataOptions`
             train: _,                  // read by `TrainOptions` in `Run::train`
@@ -55,10 +55,6 @@ impl Run {
             device,
             seed,
         } = config;
-        match *quantization {
-            None => {}
-            Some(packed) => match packed {},
-        }
         lora_options(adapter_section, *seed)?.check()?;
         RunFiles::check(output)?;
         let chosen = device::choose(device)?;

@@ -42,6 +42,10 @@ impl<S: Spec> Spec for Optional<S> {
     fn schema(&self) -> Json {
         json!({"anyOf": [self.0.schema(), {"type": "null"}]})
     }
+
+    fn below(&self) -> Below {
+        self.0.below()
+    }
 }
 
 /// `allowed`, or `null`; the comma keeps `null` apart from the items of a list.

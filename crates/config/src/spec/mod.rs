@@ -8,7 +8,9 @@ use serde_json::{Value as Json, json};
 
 pub(crate) use self::containers::{list, mapping, optional, or_null, pair, section};
 pub(crate) use self::reader::{Reader, join};
-pub(crate) use self::scalars::{Choice, Variant, Whole, boolean, choice, number, or, path, read_text, text, whole};
+pub(crate) use self::scalars::{
+    Choice, Variant, Whole, among, boolean, choice, number, or, path, read_text, text, whole,
+};
 
 use crate::node::Node;
 

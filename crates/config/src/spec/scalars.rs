@@ -346,3 +346,40 @@ where
         schema
     }
 }
+
+pub(crate) struct Among(&'static [usize]);
+
+/// One of these whole numbers.
+pub(crate) fn among(numbers: &'static [usize]) -> Among {
+    Among(numbers)
+}
+
+impl Spec for Among {
+    type Out = usize;
+
+    fn read(&self, node: &Node, reader: &mut Reader<'_>) -> Option<usize> {
+        let found = match node.content {
+            Content::Int(value) => usize::try_from(value).ok(),
+            // As in JSON Schema, 64.0 is a whole number. What `as` saturates is none of the numbers.
+            Content::Float(value) => (value.fract() == 0.0).then_some(value as usize),
+            _ => return reader.wrong_type(node, self.allowed()),
+        };
+        match found.filter(|value| self.0.contains(value)) {
+            Some(value) => Some(value),
+            None => reader.refuse(node, "out of range", self.allowed()),
+        }
+    }
+
+    fn write(&self, value: &usize) -> Node {
+        whole().write(value)
+    }
+
+    fn allowed(&self) -> String {
+        let names: Vec<_> = self.0.iter().map(usize::to_string).collect();
+        or(&names.iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
+    fn schema(&self) -> Json {
+        json!({"enum": self.0})
+    }
+}

@@ -62,7 +62,7 @@ fn data(device: &Device) -> (Tensor<2>, Tensor<2>) {
 fn base_bytes(network: &Network) -> Vec<u8> {
     let mut bytes = Vec::new();
     network.projections(&mut |_, linear| {
-        bytes.extend_from_slice(linear.weight.val().into_data().as_bytes());
+        bytes.extend_from_slice(linear.weight.dequantise().into_data().as_bytes());
         if let Some(bias) = &linear.bias {
             bytes.extend_from_slice(bias.val().into_data().as_bytes());
         }

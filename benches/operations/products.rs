@@ -27,7 +27,7 @@ pub fn adapted(k: usize, n: usize, bench: &Bench) -> Projection {
     let random = |shape| random(shape, 0.05, &bench.device);
     let (a, b) = (random([RANK, k]).require_grad(), random([n, RANK]).require_grad());
     let adapter = ProjectionAdapter { a, b, path: AdapterPath::new(SCALE, None) };
-    Projection { weight: random([n, k]), bias: None, adapter: Some(adapter) }
+    Projection { weight: random([n, k]).into(), bias: None, adapter: Some(adapter) }
 }
 
 /// A projection as bodies take it.
@@ -36,7 +36,7 @@ pub fn projected(projection: &Projection) -> Projected<Flex> {
         Some(ProjectionAdapter { a, b, path }) => (LowRank::Present { a: raw(a), b: raw(b) }, *path),
         None => (LowRank::Absent, AdapterPath::new(1.0, None)),
     };
-    Projected { weight: Weight::Dense(raw(&projection.weight)), bias: Optional::Absent, adapter, path }
+    Projected { weight: Weight::Dense(raw(&projection.weight.dequantise())), bias: Optional::Absent, adapter, path }
 }
 
 /// Forward and backward of one projection through a pair of bodies.
@@ -68,7 +68,7 @@ fn frozen(bench: &Bench, k: usize, n: usize) {
     let Bench { device, tokens, .. } = bench;
     let x = random([*tokens, k], 1.0, device).require_grad();
     let weight = random([n, k], 0.05, device);
-    let frozen = Projection { weight: weight.clone(), bias: None, adapter: None };
+    let frozen = Projection { weight: weight.clone().into(), bias: None, adapter: None };
     let burn = LinearConfig::new(k, n).with_bias(false).init(device).no_grad();
     let gemm = Gemm::new(*tokens, n, k, device);
     bench.compare(Contest {
@@ -125,10 +125,10 @@ fn head(bench: &Bench, rows: usize) {
         },
         burn: &mut || backward(burn.forward(hidden.clone().matmul(head.clone().transpose()), tracked.clone())),
         body: &mut || {
-            black_box(Flex::head_loss(raw(&hidden), raw(&head), ids(), raw(&weights), true, CHUNK));
+            black_box(Flex::head_loss(raw(&hidden), Weight::Dense(raw(&head)), ids(), raw(&weights), true, CHUNK));
         },
         generic: &mut || {
-            let (hidden, head, weights) = (raw(&hidden), raw(&head), raw(&weights));
+            let (hidden, head, weights) = (raw(&hidden), Weight::Dense(raw(&head)), raw(&weights));
             black_box(reference::cross_entropy::head_loss::<Flex>(hidden, head, ids(), weights, true, rows));
         },
     });

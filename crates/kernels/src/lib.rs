@@ -6,7 +6,8 @@
 //! 3. the gradient, written by hand on the `Autodiff<B, C>` decorator, once for all backends;
 //! 4. a function over [`Tensor`](burn::tensor::Tensor), which is what users call.
 //!
-//! Weights of the base model are frozen: they get no gradient, no autodiff node, and no copy in another format. Passing
+//! Weights of the base model are frozen, dense or packed into 4 or 8 bits: they get no gradient, no autodiff node, and no
+//! copy in another format. Passing
 //! a tracked weight is a programming error and panics.
 //!
 //! Deliberately absent: files, model families, the state of an optimizer, the recipe.
@@ -27,6 +28,7 @@ pub mod rng;
 mod rope;
 #[cfg(feature = "flex")]
 mod simd;
+mod weight;
 
 pub use activation::{Gate, GluOps, glu, swiglu};
 pub use adamw::{AdamWOps, AdamWStep, adamw, sum_squares, undo_adamw};
@@ -37,10 +39,13 @@ pub use attention::{AttentionKind, AttentionOps, AttentionOptions, attention};
 pub use cross_entropy::{CrossEntropyBodies, CrossEntropyOps, linear_cross_entropy};
 pub use linear::{
     AdapterPath, Dropout, Group, Input, LinearBodies, LinearGrads, LinearOps, LowRank, Optional, Projected, Projection,
-    ProjectionAdapter, Prologue, Weight, frozen_linear, lora_linear, project,
+    ProjectionAdapter, Prologue, frozen_linear, lora_linear, project,
 };
 pub use norm::{NormOps, rms_norm};
 pub use rope::{RopeOps, rope};
+pub use weight::{
+    FourBitFormat, FrozenWeight, Int8Format, NestedFormat, PackedFormat, PackedTensor, Weight, WeightOps,
+};
 
 /// The default bodies, for comparing a backend's own body with them.
 pub mod reference {
@@ -52,4 +57,5 @@ pub mod reference {
     pub use crate::linear::generic as linear;
     pub use crate::norm::generic as norm;
     pub use crate::rope::generic as rope;
+    pub use crate::weight::generic as weight;
 }

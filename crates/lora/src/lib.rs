@@ -25,6 +25,7 @@ pub mod peft;
 mod plan;
 mod projections;
 mod rules;
+mod weight;
 
 pub use adapter::Adapter;
 pub use attach::{AttachReport, AttachedModule, attach, detach, trainable_parameters};
@@ -33,3 +34,4 @@ pub use linear::{LoraLinear, project};
 pub use options::{Exclude, LoraOptions, Targets};
 pub use pass::{DropoutKey, Pass};
 pub use projections::Projections;
+pub use weight::{PackedWeight, Weight};

@@ -1,18 +1,19 @@
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{DType, Tensor};
-use emberlora_kernels::{AdapterPath, Input, Projection, ProjectionAdapter};
+use emberlora_kernels::{AdapterPath, Input, PackedTensor, Projection, ProjectionAdapter};
 
-use crate::{Adapter, Pass};
+use crate::weight::frozen;
+use crate::{Adapter, Pass, Weight};
 
 /// A linear layer with a frozen weight and, where one is attached, a trainable adapter:
 /// `y = W x + bias + s · B(A(dropout(x)))`.
 ///
-/// The weight and the bias never require gradients and get none. The weight may be stored in f32, bf16 or f16
-/// whatever the activations are in.
+/// The weight and the bias never require gradients and get none. The weight may be stored in f32, bf16 or f16, or packed
+/// into 4 or 8 bits, whatever the activations are in.
 #[derive(Module, Debug)]
 pub struct LoraLinear {
     /// W, `[out_features, in_features]`, frozen.
-    pub weight: Param<Tensor<2>>,
+    pub weight: Weight,
     /// The bias, `[out_features]`, frozen.
     pub bias: Option<Param<Tensor<1>>>,
     /// The adapter, if this layer is trained.
@@ -23,10 +24,15 @@ impl LoraLinear {
     /// Freezes a weight `[out_features, in_features]` and a bias `[out_features]`.
     pub fn new(weight: Tensor<2>, bias: Option<Tensor<1>>) -> Self {
         Self {
-            weight: frozen(ParamId::new(), weight),
+            weight: Weight::dense(ParamId::new(), weight),
             bias: bias.map(|bias| frozen(ParamId::new(), bias)),
             adapter: None,
         }
+    }
+
+    /// A packed weight `[out_features, in_features]` and a bias `[out_features]`, which is frozen.
+    pub fn packed(weight: PackedTensor, bias: Option<Tensor<1>>) -> Self {
+        Self { weight: weight.into(), bias: bias.map(|bias| frozen(ParamId::new(), bias)), adapter: None }
     }
 
     /// Wraps a layer of Burn and freezes it. The parameters keep their ids.
@@ -37,7 +43,11 @@ impl LoraLinear {
         let (device, dtype) = (weight.device(), weight.dtype());
         // Through the host, because `transpose` alone would leave a strided view.
         let weight = Tensor::from_data(weight.inner().transpose().into_data(), (&device, dtype));
-        Self { weight: frozen(id, weight), bias: linear.bias.map(|bias| frozen(bias.id, bias.val())), adapter: None }
+        Self {
+            weight: Weight::dense(id, weight),
+            bias: linear.bias.map(|bias| frozen(bias.id, bias.val())),
+            adapter: None,
+        }
     }
 
     /// The size of the last axis of the input.
@@ -70,13 +80,17 @@ impl LoraLinear {
             b: adapter.b.val().cast(dtype),
             path: AdapterPath::new(adapter.scale, adapter.dropout(pass)),
         });
-        Projection { weight: self.weight.val(), bias: self.bias.as_ref().map(|bias| bias.val().cast(dtype)), adapter }
+        Projection {
+            weight: self.weight.frozen(),
+            bias: self.bias.as_ref().map(|bias| bias.val().cast(dtype)),
+            adapter,
+        }
     }
 
     /// `W + s · B A` in f32, `[out_features, in_features]`, outside of autodiff: the weight of a plain linear layer
     /// that computes what this one does. Without an adapter it is W.
     pub fn merged_weight(&self) -> Tensor<2> {
-        let weight = self.weight.val().inner().cast(DType::F32);
+        let weight = self.weight.dequantise();
         match &self.adapter {
             Some(adapter) => weight + adapter.delta(),
             None => weight,
@@ -102,12 +116,4 @@ pub fn project<const D: usize>(
 ) -> Tensor<D> {
     let projections: Vec<Projection> = layers.iter().map(|layer| layer.projection(x.dtype(), pass)).collect();
     emberlora_kernels::project(x, input, &projections, residual)
-}
-
-/// A parameter that no optimizer touches: not required to have a gradient and no part of any graph.
-fn frozen<const D: usize>(id: ParamId, value: Tensor<D>) -> Param<Tensor<D>> {
-    // `detach` keeps the requirement on leaves, so a tracked tensor leaves autodiff instead; a plain tensor mixes with
-    // tracked ones as a constant.
-    let value = if value.is_require_grad() || value.is_tracked() { value.inner() } else { value };
-    Param::initialized(id, value)
 }

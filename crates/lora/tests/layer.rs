@@ -63,7 +63,7 @@ fn the_formula_is_w_x_plus_bias_plus_s_b_a_x() {
     let layer = &model.blocks[0].up;
     let adapter = layer.adapter.as_ref().unwrap();
     let x = numbers(3, WIDTH);
-    let (w, bias) = (values(&layer.weight.val()), values(&layer.bias.as_ref().unwrap().val()));
+    let (w, bias) = (values(&layer.weight.as_dense().unwrap()), values(&layer.bias.as_ref().unwrap().val()));
     let (a, b) = (values(&adapter.a.val()), values(&adapter.b.val()));
     let dot = |row: &[f32], v: &[f32]| row.iter().zip(v).map(|(p, q)| p * q).sum::<f32>();
     let ax: Vec<f32> = a.chunks(WIDTH).map(|row| dot(row, &x)).collect();
@@ -86,7 +86,7 @@ fn a_layer_of_burn_keeps_its_function_and_its_bytes() {
     assert_eq!((layer.in_features(), layer.out_features()), (WIDTH, INNER));
     assert_eq!([layer.weight.id, layer.bias.as_ref().unwrap().id], ids);
     assert_close(&values(&layer.forward(x, &Pass::eval())), &values(&expected), 1e-6);
-    assert!(!layer.weight.val().is_tracked() && !layer.bias.as_ref().unwrap().val().is_tracked());
+    assert!(!layer.weight.as_dense().unwrap().is_tracked() && !layer.bias.as_ref().unwrap().val().is_tracked());
 }
 
 #[test]
@@ -95,7 +95,7 @@ fn only_the_adapters_get_gradients_and_move() {
     let frozen = |model: &Tiny| {
         let mut all = Vec::new();
         model.projections(&mut |_, linear| {
-            all.push(values(&linear.weight.val()));
+            all.push(values(&linear.weight.as_dense().unwrap()));
             all.extend(linear.bias.as_ref().map(|bias| values(&bias.val())));
         });
         all
@@ -138,9 +138,9 @@ fn a_tracked_weight_is_taken_out_of_its_graph() {
     let device = training();
     let source = noise(1, [INNER, WIDTH], &device).require_grad();
     let layer = LoraLinear::new(source.clone() * 2.0, None);
-    assert!(!layer.weight.val().is_tracked());
+    assert!(!layer.weight.as_dense().unwrap().is_tracked());
     let layer = LoraLinear::new(source, None);
-    assert!(!layer.weight.val().is_tracked() && !layer.weight.is_require_grad());
+    assert!(!layer.weight.as_dense().unwrap().is_tracked() && !layer.weight.is_require_grad());
 }
 
 #[test]
@@ -186,11 +186,11 @@ fn narrow_weights_and_activations_keep_their_formats() {
     let x = noise(1, [7, WIDTH], &device);
     for dtype in [DType::BF16, DType::F16] {
         let adapter = layer.adapter.take();
-        let weight = layer.weight.val().inner().cast(dtype);
+        let weight = layer.weight.as_dense().unwrap().inner().cast(dtype);
         *layer = LoraLinear::new(weight, layer.bias.as_ref().map(|bias| bias.val()));
         layer.adapter = adapter;
         let y = layer.forward(x.clone(), &Pass::eval());
-        assert_eq!((y.dtype(), layer.weight.val().dtype()), (DType::F32, dtype));
+        assert_eq!((y.dtype(), layer.weight.as_dense().unwrap().dtype()), (DType::F32, dtype));
         let reference = LoraLinear::new(layer.merged_weight(), layer.bias.as_ref().map(|bias| bias.val()));
         assert_close(&values(&y), &values(&reference.forward(x.clone(), &Pass::eval())), 1e-5);
 

@@ -185,7 +185,8 @@ impl CausalLm {
 
     /// As [`loss_of`](Self::loss_of), for [hidden](Self::hidden) states that are there already.
     ///
-    /// Only labelled rows meet the head, and their logits exist in pieces only, unless the head carries an adapter.
+    /// Only labelled rows meet the head, and their logits exist in pieces only, unless the head carries an adapter or
+    /// takes its input in 8 bits.
     ///
     /// # Errors
     /// Lists of different lengths, a position outside `hidden`, or a token outside the vocabulary.
@@ -211,8 +212,8 @@ impl CausalLm {
         let weights = TensorData::new(weights.to_vec(), [labels]);
         let weights = Tensor::<1>::from_data(weights, (&self.device(), DType::F32));
         let targets = self.indices(tokens);
-        if self.lm_head.adapter.is_none() || !pass.adapters {
-            return Ok(linear_cross_entropy(hidden, self.lm_head.weight.val(), targets, weights));
+        if (self.lm_head.adapter.is_none() || !pass.adapters) && !self.lm_head.weight.quantises_activations() {
+            return Ok(linear_cross_entropy(hidden, self.lm_head.weight.frozen(), targets, weights));
         }
         let logits = self.lm_head.forward(hidden, pass).cast(DType::F32);
         let log_probabilities = activation::log_softmax(logits, 1).gather(1, targets.unsqueeze_dim(1));

@@ -159,7 +159,7 @@ fn bf16_weights_stay_bf16_while_activations_are_f32() {
     let (ids, want) = golden("llama");
     let options = LoadOptions { dtype: Some(FloatDtype::Bf16), ..OPTIONS };
     let (model, report) = load_dir(&fixture("llama"), &options);
-    model.projections(&mut |name, linear| assert_eq!(linear.weight.val().dtype(), DType::BF16, "{name}"));
+    model.projections(&mut |name, linear| assert_eq!(linear.weight.as_dense().unwrap().dtype(), DType::BF16, "{name}"));
     assert!(report.converted_bytes > 0);
     let hidden = model.hidden(&rectangle(&model, &ids), &Pass::eval());
     assert_eq!(hidden.dtype(), DType::F32);

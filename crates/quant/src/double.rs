@@ -66,7 +66,7 @@ impl DoubleScales {
     }
 
     /// What the codes stand for. Weights that were packed with the [`dynamic_map`] share one copy of it.
-    pub fn map(&self) -> &[f32; 256] {
+    pub fn map(&self) -> &Arc<[f32; 256]> {
         &self.map
     }
 

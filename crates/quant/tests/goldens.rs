@@ -45,7 +45,7 @@ fn four_bit_weights_are_packed_to_the_same_bytes() {
                 let absmax = floats(&file, &format!("{name}.weight.nested_absmax"));
                 assert_eq!(bits(double.absmax()), bits(&absmax), "{name}");
                 let map = floats(&file, &format!("{name}.weight.nested_quant_map"));
-                assert_eq!(bits(double.map()), bits(&map), "{name}");
+                assert_eq!(bits(double.map().as_slice()), bits(&map), "{name}");
                 let state = format!("{name}.weight.quant_state.bitsandbytes__{}", packed.codebook());
                 let state: serde_json::Value = serde_json::from_slice(bytes(&file, &state)).unwrap();
                 let offset = state["nested_offset"].as_f64().unwrap() as f32;

@@ -217,9 +217,11 @@ impl LoadedModel {
     /// The format that the projections are stored in, where they are all stored alike.
     pub fn weight_dtype(&self) -> Option<FloatDtype> {
         let mut found = Vec::new();
-        self.model.projections(&mut |_, linear| found.extend(device::float_dtype(linear.weight.val().dtype())));
+        self.model.projections(&mut |_, linear| {
+            found.push(linear.weight.as_dense().and_then(|weight| device::float_dtype(weight.dtype())));
+        });
         found.dedup();
-        found.first().copied().filter(|_| found.len() == 1)
+        found.first().copied().flatten().filter(|_| found.len() == 1)
     }
 
     /// Whether the model can read every token of `documents`.

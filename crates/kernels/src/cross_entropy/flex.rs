@@ -8,8 +8,10 @@ use rayon::prelude::*;
 
 use super::{CrossEntropyBodies, generic};
 use crate::flex::{Rows, f32_tensor, integers};
-use crate::gemm::{self, Job, Lanes, Left, Matrix, Operand, Source, Start, Stored, Term};
+use crate::gemm::{self, Job, Lanes, Left, Matrix, Operand, Source, Start, Term};
 use crate::simd::{exp, lane_max, lane_sum, vectorised};
+use crate::weight::Weight;
+use crate::weight::flex::Stored;
 
 /// Columns of the logits' gradient that are packed at one time.
 const PACKED_COLUMNS: usize = 6144;
@@ -55,7 +57,7 @@ impl Source for LogitsGradient<'_> {
 impl CrossEntropyBodies for Flex {
     fn head_loss(
         hidden: FlexTensor,
-        w: FlexTensor,
+        w: Weight<Self>,
         targets: FlexTensor,
         weights: FlexTensor,
         with_grad: bool,

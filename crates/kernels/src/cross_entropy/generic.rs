@@ -5,11 +5,13 @@ use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::{DType, IndexingUpdateOp, Shape, Slice};
 
 use crate::body::cast;
+use crate::linear::generic::dense;
+use crate::weight::{Weight, WeightOps};
 
 /// See [`CrossEntropyBodies::head_loss`](super::CrossEntropyBodies::head_loss).
-pub fn head_loss<B: Backend>(
+pub fn head_loss<B: WeightOps>(
     hidden: FloatTensor<B>,
-    w: FloatTensor<B>,
+    w: Weight<B>,
     targets: IntTensor<B>,
     weights: FloatTensor<B>,
     with_grad: bool,
@@ -17,7 +19,7 @@ pub fn head_loss<B: Backend>(
 ) -> (FloatTensor<B>, Option<FloatTensor<B>>) {
     let dtype = hidden.dtype();
     let [rows, _] = hidden.shape().dims();
-    let w = cast::<B>(w, dtype);
+    let w = dense::<B>(w, dtype);
     let mut loss = B::float_zeros(Shape::new([1]), &hidden.device(), DType::F32.into());
     let mut grads = Vec::new();
     for first in (0..rows).step_by(chunk) {

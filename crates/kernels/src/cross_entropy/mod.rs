@@ -21,6 +21,7 @@ use burn::backend::{Autodiff, Backend, Dispatch, TensorMetadata, backend_extensi
 use burn::tensor::{Int, Shape, Tensor};
 
 use crate::body::{cast, plain_backends};
+use crate::weight::{FrozenWeight, Weight, WeightOps};
 
 /// Logits that exist at one time: 48 MiB of f32.
 const CHUNK_ELEMENTS: usize = 3 << 22;
@@ -36,18 +37,18 @@ pub trait CrossEntropyOps: Backend {
     /// The loss `[1]` in f32. `hidden` `[M, E]`, `w` `[V, E]` frozen, `targets` `[M]`, `weights` `[M]` in f32.
     fn linear_cross_entropy(
         hidden: FloatTensor<Self>,
-        w: FloatTensor<Self>,
+        #[extension_type] w: Weight<Self>,
         targets: IntTensor<Self>,
         weights: FloatTensor<Self>,
     ) -> FloatTensor<Self>;
 }
 
 /// The body on a backend without autodiff. The default one runs anywhere and is the reference for the others.
-pub trait CrossEntropyBodies: Backend {
+pub trait CrossEntropyBodies: WeightOps {
     /// The loss, and where it is asked for its gradient to `hidden`. At most `chunk` rows of logits exist at one time.
     fn head_loss(
         hidden: FloatTensor<Self>,
-        w: FloatTensor<Self>,
+        w: Weight<Self>,
         targets: IntTensor<Self>,
         weights: FloatTensor<Self>,
         with_grad: bool,
@@ -62,7 +63,7 @@ macro_rules! plain_cross_entropy_ops {
         impl CrossEntropyOps for $backend {
             fn linear_cross_entropy(
                 hidden: FloatTensor<Self>,
-                w: FloatTensor<Self>,
+                w: Weight<Self>,
                 targets: IntTensor<Self>,
                 weights: FloatTensor<Self>,
             ) -> FloatTensor<Self> {
@@ -82,8 +83,8 @@ plain_cross_entropy_ops!(burn::backend::Cube);
 plain_backends!(CrossEntropyBodies);
 
 /// Rows of logits at one time: equal chunks of at most [`CHUNK_ELEMENTS`].
-fn chunk<B: Backend>(hidden: &FloatTensor<B>, w: &FloatTensor<B>) -> usize {
-    let ([rows, _], [vocabulary, _]) = (hidden.shape().dims(), w.shape().dims());
+fn chunk<B: Backend>(hidden: &FloatTensor<B>, w: &Weight<B>) -> usize {
+    let ([rows, _], [vocabulary, _]) = (hidden.shape().dims(), w.dims());
     let most = (CHUNK_ELEMENTS / vocabulary.max(1)).max(1);
     rows.div_ceil(rows.div_ceil(most).max(1)).max(1)
 }
@@ -108,16 +109,19 @@ impl<B: Backend> Backward<B, 1> for CrossEntropyBackward {
 impl<B: CrossEntropyBodies, C: CheckpointStrategy> CrossEntropyOps for Autodiff<B, C> {
     fn linear_cross_entropy(
         hidden: FloatTensor<Self>,
-        w: FloatTensor<Self>,
+        w: Weight<Self>,
         targets: IntTensor<Self>,
         weights: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
-        assert!(
-            !w.is_tracked() && !weights.is_tracked(),
-            "linear_cross_entropy: the head and the weights are constants; freeze them with `no_grad`"
-        );
+        let constant = |tensor: FloatTensor<Self>| {
+            assert!(
+                !tensor.is_tracked(),
+                "linear_cross_entropy: the head and the weights are constants; freeze them with `no_grad`"
+            );
+            tensor.into_primitive()
+        };
         let prep = CrossEntropyBackward.prepare::<C>([hidden.node()]).compute_bound().stateful();
-        let (hidden, w, weights) = (hidden.into_primitive(), w.into_primitive(), weights.into_primitive());
+        let (hidden, w, weights) = (hidden.into_primitive(), w.map_floats(constant), constant(weights));
         let chunk = chunk::<B>(&hidden, &w);
         match prep {
             OpsKind::Tracked(prep) => {
@@ -133,7 +137,7 @@ impl<B: CrossEntropyBodies, C: CheckpointStrategy> CrossEntropyOps for Autodiff<
 ///
 /// # Shapes
 /// * `hidden`: `[M, E]`
-/// * `head`: `[V, E]`, frozen, in any float format
+/// * `head`: `[V, E]`, frozen, in any format; INT8 is multiplied with as it dequantises, whatever its threshold
 /// * `targets`: `[M]`, each below V
 /// * `weights`: `[M]`, f32
 /// * result: `[1]`, f32
@@ -144,11 +148,11 @@ impl<B: CrossEntropyBodies, C: CheckpointStrategy> CrossEntropyOps for Autodiff<
 /// When the shapes do not fit, or when `head` or `weights` is tracked by autodiff.
 pub fn linear_cross_entropy(
     hidden: Tensor<2>,
-    head: Tensor<2>,
+    head: impl Into<FrozenWeight>,
     targets: Tensor<1, Int>,
     weights: Tensor<1>,
 ) -> Tensor<1> {
-    let [rows, columns] = hidden.dims();
+    let ([rows, columns], head) = (hidden.dims(), head.into());
     assert!(
         head.dims()[1] == columns && targets.dims() == [rows] && weights.dims() == [rows],
         "linear_cross_entropy: hidden {:?}, head {:?}, targets {:?}, weights {:?}",
@@ -159,7 +163,7 @@ pub fn linear_cross_entropy(
     );
     Tensor::from_dispatch(<Dispatch as CrossEntropyOps>::linear_cross_entropy(
         hidden.into_dispatch(),
-        head.into_dispatch(),
+        head.to_dispatch(),
         targets.into_dispatch(),
         weights.into_dispatch(),
     ))

@@ -24,7 +24,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 pub(crate) use pack::{Lanes, Left, Operand, Source};
-pub(crate) use source::{Below, Dropped, Gated, Matrix, Normed, Stored};
+pub(crate) use source::{Below, Dropped, Gated, Half, Matrix, Normed};
 
 use tile::{Target, Task};
 

@@ -1,13 +1,10 @@
 //! What products read: plain matrices, and functions of them that never exist as a whole.
 
-use burn::backend::flex::FlexTensor;
-use burn::tensor::DType;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use super::Source;
 use crate::Dropout;
-use crate::flex::contiguous;
 use crate::simd::{sigmoid, vectorised};
 
 /// A row-major f32 matrix.
@@ -136,39 +133,5 @@ pub(crate) struct Below<'a> {
 impl Source for Below<'_> {
     fn read(&self, row: usize, first: usize, out: &mut [f32]) {
         self.source.read(self.first + row, first, out);
-    }
-}
-
-/// A frozen weight `[N, K]` in the format that it is stored in.
-pub(crate) enum Stored {
-    F32(FlexTensor),
-    Bf16(FlexTensor),
-    F16(FlexTensor),
-}
-
-impl Stored {
-    /// `None` for a format that is not read here.
-    pub(crate) fn of(w: &FlexTensor) -> Option<Self> {
-        match w.dtype() {
-            DType::F32 => Some(Self::F32(contiguous(w))),
-            DType::BF16 => Some(Self::Bf16(contiguous(w))),
-            DType::F16 => Some(Self::F16(contiguous(w))),
-            _ => None,
-        }
-    }
-
-    /// `[N, K]`.
-    pub(crate) fn dims(&self) -> [usize; 2] {
-        let (Self::F32(w) | Self::Bf16(w) | Self::F16(w)) = self;
-        [w.layout().shape()[0], w.layout().shape()[1]]
-    }
-
-    pub(crate) fn source(&self) -> Box<dyn Source + '_> {
-        let [_, k] = self.dims();
-        match self {
-            Self::F32(w) => Box::new(Matrix::new(&w.storage::<f32>()[w.layout().start_offset()..], k)),
-            Self::Bf16(w) => Box::new(Half::new(&w.storage::<bf16>()[w.layout().start_offset()..], k)),
-            Self::F16(w) => Box::new(Half::new(&w.storage::<f16>()[w.layout().start_offset()..], k)),
-        }
     }
 }

@@ -9,7 +9,7 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend};
 
-use super::{Group, LinearBodies, LinearOps, LowRank, Optional, Projected, Prologue, Weight};
+use super::{Group, LinearBodies, LinearOps, LowRank, Optional, Projected, Prologue};
 
 /// x, the residual, then A and B of up to three projections.
 const PARENTS: usize = 8;
@@ -76,9 +76,8 @@ impl<B: LinearBodies, C: CheckpointStrategy> LinearOps for Autodiff<B, C> {
                         LowRank::Present { a: a.into_primitive(), b: b.into_primitive() }
                     }
                 };
-                let Weight::Dense(weight) = weight;
                 Projected {
-                    weight: Weight::Dense(constant::<B, C>(weight)),
+                    weight: weight.map_floats(constant::<B, C>),
                     bias: match bias {
                         Optional::Absent => Optional::Absent,
                         Optional::Present(bias) => Optional::Present(constant::<B, C>(bias)),

@@ -4,17 +4,20 @@
 //! the frozen one; a weight stored in a narrower format is widened tile by tile.
 
 mod few_rows;
+mod int8;
 
 use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::tensor::DType;
 use rayon::prelude::*;
 
-use super::{AdapterPath, LinearBodies, LinearGrads, LowRank, Optional, Projected, Prologue, Weight, generic};
+use super::{AdapterPath, LinearBodies, LinearGrads, LowRank, Optional, Projected, Prologue, generic};
 use crate::activation::{self, Gate};
 use crate::flex::{Rows, f32_tensor};
-use crate::gemm::{self, Dropped, Gated, Job, Lanes, Left, Matrix, Normed, Operand, Source, Start, Stored, Term};
+use crate::gemm::{self, Dropped, Gated, Job, Lanes, Left, Matrix, Normed, Operand, Source, Start, Term};
 use crate::norm;
+use crate::weight::Weight;
+use crate::weight::flex::Stored;
 
 /// Rows up to which a product is limited by reading the weight, so that each weight is read once and used at once.
 const FEW_ROWS: usize = 4;
@@ -30,8 +33,8 @@ fn supported(x: &FlexTensor, prologue: &Prologue<Flex>, projections: &[Projected
     };
     prologue
         && is_f32(x)
-        && projections.iter().all(|Projected { weight: Weight::Dense(w), bias, adapter, .. }| {
-            matches!(w.dtype(), DType::F32 | DType::BF16 | DType::F16)
+        && projections.iter().all(|Projected { weight, bias, adapter, .. }| {
+            Stored::of(weight).is_some()
                 && optional(bias)
                 && match adapter {
                     LowRank::Absent => true,
@@ -92,6 +95,8 @@ impl Hidden {
 /// A projection ready to be multiplied with.
 struct Part {
     weight: Stored,
+    /// Above 0 the activations of the forward product are in 8 bits as well, see [`int8`].
+    threshold: f32,
     bias: Option<Rows>,
     adapter: Option<Factors>,
     path: AdapterPath,
@@ -113,7 +118,10 @@ fn parts(projections: &[Projected<Flex>]) -> (Vec<Part>, usize) {
     let parts = projections
         .iter()
         .map(|Projected { weight, bias, adapter, path }| {
-            let Weight::Dense(weight) = weight;
+            let threshold = match weight {
+                Weight::Int8 { format, .. } => format.threshold,
+                _ => 0.0,
+            };
             let weight = Stored::of(weight).expect("a format that was found to be supported");
             let [columns, _] = weight.dims();
             let first = width;
@@ -130,7 +138,7 @@ fn parts(projections: &[Projected<Flex>]) -> (Vec<Part>, usize) {
                 Optional::Absent => None,
                 Optional::Present(bias) => Some(Rows::of(bias)),
             };
-            Part { weight, bias, adapter, path: *path, first, columns }
+            Part { weight, threshold, bias, adapter, path: *path, first, columns }
         })
         .collect();
     (parts, width)
@@ -229,16 +237,20 @@ fn forward(
     let (rows, inner) = (hidden.x.count(), hidden.width);
     let sources = Sources::of(&parts, inner);
     let residual = residual.map(Rows::of);
-    let mut y = hidden.with(|h| match rows {
-        0..=FEW_ROWS => few_rows::forward(rows, inner, width, h, &parts, &sources),
-        _ => {
+    let few = rows <= FEW_ROWS && parts.iter().all(|part| part.threshold == 0.0);
+    let mut y = hidden.with(|h| match few {
+        true => few_rows::forward(rows, inner, width, h, &parts, &sources),
+        false => {
             let left = Left::pack(rows, inner, Operand::new(h, Lanes::Rows));
             let low = Low::hidden(rows, h, Some(&left), inner, &parts, &sources).packed(rows, &sources);
             let jobs: Vec<Job> = parts
                 .iter()
                 .enumerate()
                 .map(|(i, part)| {
-                    let mut terms = vec![Term { left: &left, right: Operand::new(&*sources.weights[i], Lanes::Rows) }];
+                    let mut terms = Vec::with_capacity(2);
+                    if part.threshold == 0.0 {
+                        terms.push(Term { left: &left, right: Operand::new(&*sources.weights[i], Lanes::Rows) });
+                    }
                     if let (Some(left), Some((_, b, _))) = (&low[i], &sources.factors[i]) {
                         terms.push(Term { left, right: Operand::new(b, Lanes::Rows) });
                     }
@@ -250,18 +262,25 @@ fn forward(
                     Job { first: part.first, columns: part.columns, terms, start }
                 })
                 .collect();
-            gemm::product(rows, width, &jobs)
+            let mut y = gemm::product(rows, width, &jobs);
+            for part in parts.iter().filter(|part| part.threshold > 0.0) {
+                let product = int8::product(rows, inner, h, part);
+                for (y, product) in y.chunks_exact_mut(width).zip(product.chunks_exact(part.columns)) {
+                    y[part.first..][..part.columns].iter_mut().zip(product).for_each(|(y, product)| *y += product);
+                }
+            }
+            y
         }
     });
     for part in &parts {
         // Where there is no residual the product has begun with the bias.
-        if let (Some(bias), true) = (&part.bias, residual.is_some() || rows <= FEW_ROWS) {
+        if let (Some(bias), true) = (&part.bias, residual.is_some() || few) {
             y.par_chunks_exact_mut(width).for_each(|row| {
                 row[part.first..][..part.columns].iter_mut().zip(bias.values()).for_each(|(y, bias)| *y += bias);
             });
         }
     }
-    if let (Some(residual), 0..=FEW_ROWS) = (&residual, rows) {
+    if let (Some(residual), true) = (&residual, few) {
         y.iter_mut().zip(residual.values()).for_each(|(y, r)| *y += r);
     }
     f32_tensor(y, [rows, width])

@@ -4,31 +4,40 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::{DType, Shape, Slice, TensorData};
 
-use super::{AdapterPath, Dropout, LinearGrads, LowRank, Projected, Prologue, Weight};
+use super::{AdapterPath, Dropout, LinearGrads, LowRank, Projected, Prologue, int8};
 use crate::body::cast;
+use crate::weight::{Weight, WeightOps};
 use crate::{activation, norm};
 
-/// y = x Wᵀ.
-pub fn frozen<B: Backend>(x: FloatTensor<B>, weight: &Weight<B>) -> FloatTensor<B> {
-    let w = dense::<B>(weight, x.dtype());
-    B::float_matmul(x, B::float_transpose(w))
+/// y = x Wᵀ; for an INT8 weight with a threshold the product of LLM.int8().
+pub fn frozen<B: WeightOps>(x: FloatTensor<B>, weight: Weight<B>) -> FloatTensor<B> {
+    match weight {
+        Weight::Int8 { codes, scales, format } if format.threshold > 0.0 => {
+            int8::product::<B>(x, codes, scales, format)
+        }
+        _ => {
+            let w = dense::<B>(weight, x.dtype());
+            B::float_matmul(x, B::float_transpose(w))
+        }
+    }
 }
 
 /// dx = dy W.
-pub fn frozen_backward<B: Backend>(grad: FloatTensor<B>, weight: &Weight<B>) -> FloatTensor<B> {
+pub fn frozen_backward<B: WeightOps>(grad: FloatTensor<B>, weight: Weight<B>) -> FloatTensor<B> {
     let w = dense::<B>(weight, grad.dtype());
     B::float_matmul(grad, w)
 }
 
 /// The weight in `dtype`. Burn promotes nothing: a weight stored in another format is cast for the product.
-fn dense<B: Backend>(weight: &Weight<B>, dtype: DType) -> FloatTensor<B> {
+pub(crate) fn dense<B: WeightOps>(weight: Weight<B>, dtype: DType) -> FloatTensor<B> {
     match weight {
-        Weight::Dense(w) => cast::<B>(w.clone(), dtype),
+        Weight::Dense(weight) => cast::<B>(weight, dtype),
+        packed => cast::<B>(B::dequantise(packed), dtype),
     }
 }
 
 /// See [`LinearBodies::project_forward`](super::LinearBodies::project_forward).
-pub fn forward<B: Backend>(
+pub fn forward<B: WeightOps>(
     x: FloatTensor<B>,
     prologue: Prologue<B>,
     projections: Vec<Projected<B>>,
@@ -44,9 +53,9 @@ pub fn forward<B: Backend>(
 }
 
 /// h W ᵀ + bias + s · dropout(h) Aᵀ Bᵀ.
-fn one_forward<B: Backend>(h: FloatTensor<B>, projection: Projected<B>) -> FloatTensor<B> {
+fn one_forward<B: WeightOps>(h: FloatTensor<B>, projection: Projected<B>) -> FloatTensor<B> {
     let Projected { weight, bias, adapter, path } = projection;
-    let mut y = frozen::<B>(h.clone(), &weight);
+    let mut y = frozen::<B>(h.clone(), weight);
     if let Some(bias) = bias.into_option() {
         let [n] = bias.shape().dims();
         y = B::float_add(y, B::float_reshape(bias, Shape::new([1, n])));
@@ -59,7 +68,7 @@ fn one_forward<B: Backend>(h: FloatTensor<B>, projection: Projected<B>) -> Float
 }
 
 /// See [`LinearBodies::project_backward`](super::LinearBodies::project_backward).
-pub fn backward<B: Backend>(
+pub fn backward<B: WeightOps>(
     grad: FloatTensor<B>,
     x: FloatTensor<B>,
     prologue: Prologue<B>,
@@ -69,8 +78,7 @@ pub fn backward<B: Backend>(
     let h = input::<B>(x.clone(), &prologue);
     let (mut dh, mut adapters, mut first) = (None, Vec::new(), 0);
     for projection in projections {
-        let Weight::Dense(w) = &projection.weight;
-        let [n, _] = w.shape().dims();
+        let [n, _] = projection.weight.dims();
         let grad = columns::<B>(grad.clone(), first, n);
         first += n;
         let (part, adapter) = one_backward::<B>(grad, h.clone(), projection, need_dx);
@@ -87,14 +95,14 @@ type FactorGrads<B> = (FloatTensor<B>, FloatTensor<B>);
 
 /// With g = dy, h̃ = m ⊙ h and u = s (g B):
 /// dh = g W + m ⊙ (u A),  dA = uᵀ h̃,  dB = s gᵀ (h̃ Aᵀ). The products of rank r are recomputed, not saved.
-fn one_backward<B: Backend>(
+fn one_backward<B: WeightOps>(
     grad: FloatTensor<B>,
     h: FloatTensor<B>,
     projection: Projected<B>,
     need_dx: bool,
 ) -> (Option<FloatTensor<B>>, Option<FactorGrads<B>>) {
     let Projected { weight, bias: _, adapter, path } = projection;
-    let base = need_dx.then(|| frozen_backward::<B>(grad.clone(), &weight));
+    let base = need_dx.then(|| frozen_backward::<B>(grad.clone(), weight));
     let LowRank::Present { a, b } = adapter else { return (base, None) };
     let dropped = dropped::<B>(h, path);
     let u = B::float_mul_scalar(B::float_matmul(grad.clone(), b), path.scale.into());

@@ -7,22 +7,24 @@
 //! ```
 //!
 //! LoRA: Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, 2021. A weight never gets a gradient, and it
-//! may be stored in a narrower format than the activations have. Up to three projections of one input are one operation,
+//! may be stored in a narrower format than the activations have, packed ones among them. Up to three projections of one input are one operation,
 //! whose outputs lie side by side; what leads to h and what is added to y are parts of it, so that h is never stored.
 
 mod autodiff;
 #[cfg(feature = "flex")]
 mod flex;
 pub mod generic;
+mod int8;
 mod ops;
 
 use burn::backend::Dispatch;
 use burn::tensor::Tensor;
 
-pub use ops::{Group, LinearBodies, LinearGrads, LinearOps, LowRank, Optional, Projected, Prologue, Weight};
+pub use ops::{Group, LinearBodies, LinearGrads, LinearOps, LowRank, Optional, Projected, Prologue};
 
 use crate::activation::Gate;
 use crate::rng;
+use crate::weight::FrozenWeight;
 
 /// Which elements of the adapter's input are dropped: each with probability `p`, decided by the counter-based stream
 /// `seed`, so that the same arguments give the same mask in forward, backward and recomputation.
@@ -54,8 +56,8 @@ pub struct AdapterPath {
 /// One projection of [`project`].
 #[derive(Clone, Debug)]
 pub struct Projection {
-    /// W, `[N, K]`, frozen, in any float format.
-    pub weight: Tensor<2>,
+    /// W, `[N, K]`, frozen.
+    pub weight: FrozenWeight,
     /// The bias, `[N]` of the input's dtype, frozen.
     pub bias: Option<Tensor<1>>,
     /// The adapter.
@@ -149,7 +151,7 @@ impl From<&Projection> for Projected<Dispatch> {
             None => LowRank::Absent,
         };
         Self {
-            weight: Weight::Dense(weight.clone().into_dispatch()),
+            weight: weight.to_dispatch(),
             bias: bias.as_ref().map_or(Optional::Absent, |bias| Optional::Present(bias.clone().into_dispatch())),
             adapter,
             path,
@@ -162,13 +164,12 @@ impl From<&Projection> for Projected<Dispatch> {
 /// # Shapes
 /// * `x`: `[…, K]`, `weight`: `[N, K]`, result: `[…, N]`
 ///
-/// The result has the dtype of `x`; `weight` may be stored as f32, bf16 or f16 whatever `x` is. The gradient flows to
-/// `x` only.
+/// The result has the dtype of `x`, in whatever format `weight` is stored. The gradient flows to `x` only.
 ///
 /// # Panics
 /// When the shapes do not fit, or when `weight` is tracked by autodiff.
-pub fn frozen_linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>) -> Tensor<D> {
-    project(x, Input::Plain, &[Projection { weight, bias: None, adapter: None }], None)
+pub fn frozen_linear<const D: usize>(x: Tensor<D>, weight: impl Into<FrozenWeight>) -> Tensor<D> {
+    project(x, Input::Plain, &[Projection { weight: weight.into(), bias: None, adapter: None }], None)
 }
 
 /// `x Wᵀ + s · dropout(x) Aᵀ Bᵀ`: a frozen weight with a trainable low-rank adapter.
@@ -176,18 +177,18 @@ pub fn frozen_linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>) -> Tensor<
 /// # Shapes
 /// * `x`: `[…, K]`, `weight`: `[N, K]`, `a`: `[r, K]`, `b`: `[N, r]`, result: `[…, N]`
 ///
-/// `a` and `b` have the dtype of `x`, `weight` may be stored in another one. Gradients flow to `x`, `a` and `b`.
+/// `a` and `b` have the dtype of `x`, `weight` may be stored in any format. Gradients flow to `x`, `a` and `b`.
 ///
 /// # Panics
 /// When the shapes do not fit, or when `weight` is tracked by autodiff.
 pub fn lora_linear<const D: usize>(
     x: Tensor<D>,
-    weight: Tensor<2>,
+    weight: impl Into<FrozenWeight>,
     a: Tensor<2>,
     b: Tensor<2>,
     scale: f32,
     dropout: Option<Dropout>,
 ) -> Tensor<D> {
     let adapter = Some(ProjectionAdapter { a, b, path: AdapterPath::new(scale, dropout) });
-    project(x, Input::Plain, &[Projection { weight, bias: None, adapter }], None)
+    project(x, Input::Plain, &[Projection { weight: weight.into(), bias: None, adapter }], None)
 }

@@ -3,13 +3,7 @@ use burn::backend::{Backend, ExtensionType, backend_extension};
 
 use super::{AdapterPath, generic};
 use crate::activation::Gate;
-
-/// A frozen weight `[N, K]` as it is stored.
-#[derive(Clone, Debug, ExtensionType)]
-pub enum Weight<B: Backend> {
-    /// f32, bf16 or f16 numbers.
-    Dense(FloatTensor<B>),
-}
+use crate::weight::{Weight, WeightOps};
 
 /// A tensor that an operation may have or not.
 #[derive(Clone, Debug, ExtensionType)]
@@ -141,7 +135,7 @@ pub trait LinearOps: Backend {
 }
 
 /// The bodies on a backend without autodiff. The default ones run anywhere and are the reference for the others.
-pub trait LinearBodies: Backend {
+pub trait LinearBodies: WeightOps {
     /// See [`LinearOps::project`].
     fn project_forward(
         x: FloatTensor<Self>,

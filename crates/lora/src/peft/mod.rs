@@ -199,7 +199,7 @@ fn check_base_weights<P: Projections + ?Sized>(
     let mut problem = None;
     model.projections(&mut |name, linear| {
         let Some((key, stored)) = expected.get(name) else { return };
-        match read_back(linear.weight.val(), key) {
+        match read_back(linear.weight.dequantise(), key) {
             Ok(ours) if same_weight(&ours, stored) => {}
             Ok(_) => drop(problem.get_or_insert(PeftError::BaseWeight { tensor: key.clone() })),
             Err(error) => drop(problem.get_or_insert(error)),

@@ -22,7 +22,7 @@ fn four_bit<'a>(weight: &str, packed: &'a FourBit) -> Vec<(String, Tensor<'a>)> 
             (part("absmax"), Tensor::new(Element::U8, vec![double.codes().len()], double.codes())),
             table,
             (part("nested_absmax"), floats(double.absmax())),
-            (part("nested_quant_map"), floats(double.map())),
+            (part("nested_quant_map"), floats(double.map().as_slice())),
         ]),
     }
     let state = write(packed).into_bytes();

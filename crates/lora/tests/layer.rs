@@ -2,15 +2,21 @@
 
 mod common;
 
-use burn::module::Module;
+use burn::module::{Module, Param};
 use burn::nn::{Linear, LinearConfig};
 use burn::optim::{AdamWConfig, GradientsParams};
 use burn::tensor::{DType, Device, Tensor};
 use common::*;
-use emberlora_lora::{LoraLinear, LoraOptions, Pass, Projections, Targets, attach, detach};
+use emberlora_lora::{LoraLinear, LoraOptions, Pass, Projections, Targets, Weight, attach, detach};
 
 fn training() -> Device {
     Device::flex().autodiff()
+}
+
+/// The weight of a layer that is not packed.
+fn parameter(layer: &LoraLinear) -> &Param<Tensor<2>> {
+    let Weight::Dense(weight) = &layer.weight else { panic!("packed") };
+    weight
 }
 
 /// A model with adapters that do something, on a device that can train them.
@@ -84,7 +90,7 @@ fn a_layer_of_burn_keeps_its_function_and_its_bytes() {
     let (expected, ids) = (linear.forward(x.clone()), [linear.weight.id, linear.bias.as_ref().unwrap().id]);
     let layer = LoraLinear::from_linear(linear);
     assert_eq!((layer.in_features(), layer.out_features()), (WIDTH, INNER));
-    assert_eq!([layer.weight.id, layer.bias.as_ref().unwrap().id], ids);
+    assert_eq!([parameter(&layer).id, layer.bias.as_ref().unwrap().id], ids);
     assert_close(&values(&layer.forward(x, &Pass::eval())), &values(&expected), 1e-6);
     assert!(!layer.weight.as_dense().unwrap().is_tracked() && !layer.bias.as_ref().unwrap().val().is_tracked());
 }
@@ -108,7 +114,10 @@ fn only_the_adapters_get_gradients_and_move() {
         let gradients = GradientsParams::from_grads(loss.backward(), &model);
         assert_eq!(gradients.len(), 8);
         model.projections(&mut |name, linear| {
-            assert!(!linear.weight.is_require_grad() && gradients.get::<2>(linear.weight.id).is_none(), "{name}");
+            assert!(
+                !parameter(linear).is_require_grad() && gradients.get::<2>(parameter(linear).id).is_none(),
+                "{name}"
+            );
             if let Some(bias) = &linear.bias {
                 assert!(!bias.is_require_grad() && gradients.get::<1>(bias.id).is_none(), "{name}");
             }
@@ -126,7 +135,7 @@ fn frozen_parameters_stay_frozen_through_train_and_valid() {
     let (model, _) = adapted(&options(2, Targets::AllLinear));
     let model = model.valid().train();
     model.projections(&mut |name, linear| {
-        assert!(!linear.weight.is_require_grad(), "{name}");
+        assert!(!parameter(linear).is_require_grad(), "{name}");
         if let Some(adapter) = &linear.adapter {
             assert!(adapter.a.is_require_grad() && adapter.b.is_require_grad(), "{name}");
         }
@@ -140,7 +149,7 @@ fn a_tracked_weight_is_taken_out_of_its_graph() {
     let layer = LoraLinear::new(source.clone() * 2.0, None);
     assert!(!layer.weight.as_dense().unwrap().is_tracked());
     let layer = LoraLinear::new(source, None);
-    assert!(!layer.weight.as_dense().unwrap().is_tracked() && !layer.weight.is_require_grad());
+    assert!(!layer.weight.as_dense().unwrap().is_tracked() && !parameter(&layer).is_require_grad());
 }
 
 #[test]

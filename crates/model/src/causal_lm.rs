@@ -50,6 +50,15 @@ impl CausalLm {
         self.settings.compute_dtype
     }
 
+    /// The format of the embedding and of the projections that are not packed, where they are all stored alike.
+    pub fn weight_dtype(&self) -> Option<FloatDtype> {
+        let mut found = vec![self.embed_tokens.val().dtype()];
+        self.projections(&mut |_, linear| found.extend(linear.weight.as_dense().map(|weight| weight.dtype())));
+        found.dedup();
+        let [dtype] = found[..] else { return None };
+        [FloatDtype::F32, FloatDtype::Bf16, FloatDtype::F16].into_iter().find(|&known| burn_dtype(known) == dtype)
+    }
+
     /// Whether head and embedding are one tensor.
     pub fn is_tied(&self) -> bool {
         self.tied
@@ -154,7 +163,8 @@ impl CausalLm {
     /// `Σ weight · −log p(token)` over the labelled positions, in f32, `[1]`.
     ///
     /// `positions[i]` is the flat index `row * seq + column` of the hidden state that predicts `tokens[i]`; a position
-    /// may predict several tokens. Only labelled rows go through what follows the attention of the last block.
+    /// may predict several tokens. Only labelled rows go through what follows the attention of the last block, unless it
+    /// takes activations in 8 bits.
     ///
     /// # Errors
     /// Lists of different lengths, a position outside the input, or a token outside the vocabulary.
@@ -174,13 +184,21 @@ impl CausalLm {
         let mut labelled = positions.to_vec();
         labelled.sort_unstable();
         labelled.dedup();
-        if labelled.is_empty() || labelled.len() as f64 > SELECTED_UP_TO * (rows * seq) as f64 {
+        let few = labelled.len() as f64 <= SELECTED_UP_TO * (rows * seq) as f64;
+        if labelled.is_empty() || !few || self.rows_depend_on_each_other() {
             return self.loss(self.hidden(input, pass), positions, tokens, weights, pass);
         }
         let hidden = self.blocks(input, Some(&labelled), pass);
         let place = |position: &u32| labelled.partition_point(|labelled| labelled < position) as u32;
         let places: Vec<u32> = positions.iter().map(place).collect();
         self.loss(hidden, &places, tokens, weights, pass)
+    }
+
+    /// Whether leaving rows out of the last block would change the others: with activations in 8 bits, a column is an
+    /// outlier in all rows when it is one in any.
+    fn rows_depend_on_each_other(&self) -> bool {
+        let projections = self.layers.last().into_iter().flat_map(Block::projections);
+        projections.map(|(_, linear)| linear).any(|linear| linear.weight.quantises_activations())
     }
 
     /// As [`loss_of`](Self::loss_of), for [hidden](Self::hidden) states that are there already.

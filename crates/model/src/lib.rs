@@ -7,7 +7,7 @@
 //!
 //! * [`hub`] turns what a user wrote into a directory, downloading what is needed and no more;
 //! * [`ModelConfig`] is `config.json` of any supported family with every choice made;
-//! * [`CausalLm::load`] maps the weights and checks their names in both directions;
+//! * [`CausalLm::load`] maps or packs the weights and checks their names in both directions;
 //! * [`CausalLm`] computes: hidden states, the loss of labelled positions, logits;
 //! * [`generate`] streams tokens with a cache of keys and values;
 //! * [`hash_files`] says which files a model was.
@@ -36,4 +36,4 @@ pub use emberlora_kernels::AttentionKind;
 pub use emberlora_quant::FloatDtype;
 pub use hash::hash_files;
 pub use input::{Input, InputError};
-pub use weights::{LoadError, LoadOptions, LoadReport, Mismatch, Misshaped};
+pub use weights::{DecidedBy, LoadError, LoadOptions, LoadReport, Mismatch, Misshaped, QuantizationOptions};

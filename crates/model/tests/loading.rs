@@ -7,44 +7,17 @@ use std::path::Path;
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor};
+use common::directory::{Tensors, directory, find, read_tensors, write};
 use common::*;
 use emberlora_model::generate::{Finish, Generator, SamplingOptions};
 use emberlora_model::{CausalLm, FloatDtype, Input, LoadError, LoadOptions};
 use proptest::prelude::*;
-use safetensors::tensor::{Dtype, TensorView};
-use safetensors::{SafeTensors, serialize};
+use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-type Tensors = Vec<(String, Dtype, Vec<usize>, Vec<u8>)>;
-
 fn llama_tensors() -> Tensors {
-    let bytes = fs::read(fixture("llama").join("model.safetensors")).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    let copy = |(name, view): (&str, TensorView<'_>)| {
-        (name.to_owned(), view.dtype(), view.shape().to_vec(), view.data().to_vec())
-    };
-    let mut all: Tensors = file.iter().map(copy).collect();
-    all.sort();
-    all
-}
-
-fn write(path: &Path, tensors: &[(String, Dtype, Vec<usize>, Vec<u8>)]) {
-    let views =
-        tensors.iter().map(|(name, dtype, shape, data)| (name, TensorView::new(*dtype, shape.clone(), data).unwrap()));
-    fs::write(path, serialize(views, None).unwrap()).unwrap();
-}
-
-/// A directory with the llama fixture's config, changed, and no weights.
-fn directory(changes: Value) -> TempDir {
-    let dir = tempfile::tempdir().unwrap();
-    let text = fs::read_to_string(fixture("llama").join("config.json")).unwrap();
-    let mut config: Value = serde_json::from_str(&text).unwrap();
-    for (key, value) in changes.as_object().unwrap() {
-        config[key] = value.clone();
-    }
-    fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
-    dir
+    read_tensors(&fixture("llama").join("model.safetensors"))
 }
 
 /// The llama fixture with its tensors changed.
@@ -54,10 +27,6 @@ fn model(change: impl FnOnce(&mut Tensors)) -> TempDir {
     change(&mut tensors);
     write(&dir.path().join("model.safetensors"), &tensors);
     dir
-}
-
-fn find<'a>(tensors: &'a mut Tensors, name: &str) -> &'a mut (String, Dtype, Vec<usize>, Vec<u8>) {
-    tensors.iter_mut().find(|tensor| tensor.0 == name).unwrap()
 }
 
 fn refused(dir: &TempDir) -> (LoadError, String) {

@@ -5,7 +5,7 @@ mod common;
 use std::collections::BTreeMap;
 
 use common::{bytes, golden, matrix, tensors};
-use emberlora_quant::bnb::{BnbError, Config, Element, Tensor, from_tensors, to_tensors, weight_of};
+use emberlora_quant::bnb::{BnbError, Config, Element, Tensor, from_tensors, is_skipped, to_tensors, weight_of};
 use emberlora_quant::{BlockSize, FloatDtype, PackedWeight, QuantKind, Scheme, pack};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -263,6 +263,31 @@ fn the_configuration_survives_the_round_trip() {
             assert_eq!(Config::from_json(&config.to_json()), Ok(config));
         }
     }
+}
+
+#[test]
+fn modules_are_skipped_as_transformers_skips_them() {
+    let q_proj = "model.layers.1.self_attn.q_proj";
+    for (name, expected) in [
+        (q_proj, true),
+        ("q_proj", true),
+        ("self_attn.q_proj", true),
+        ("proj", true),
+        ("model.layers.1", true),
+        ("model", true),
+        ("model.layers.1.self_attn.q", false),
+        ("layers.1", false),
+        ("lm_head", false),
+    ] {
+        assert_eq!(is_skipped(q_proj, &[name.to_owned()]), expected, "{name}");
+    }
+    assert!(!is_skipped("model.layers.11.self_attn.q_proj", &["model.layers.1".to_owned()]));
+    assert!(!is_skipped("lm_head", &[]));
+
+    let config = Config::from_json(&json!({"load_in_8bit": true})).unwrap();
+    assert!(config.skips("lm_head") && !config.skips(q_proj));
+    let config = Config { skip: Some(vec!["q_proj".to_owned()]), ..config };
+    assert!(config.skips(q_proj) && !config.skips("lm_head"));
 }
 
 #[test]

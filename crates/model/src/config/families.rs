@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use emberlora_quant::bnb;
 use serde_json::Value;
 
 use super::error::ConfigError;
@@ -189,6 +190,7 @@ pub(super) fn read(mut fields: Fields<'_>) -> Result<(ModelConfig, Vec<(String, 
         mlp_bias: family == Family::Llama && fields.or("mlp_bias", false)?,
         norms: if family == Family::Olmo2 { NormPlacement::Post } else { NormPlacement::Pre },
         windows: windows(&mut fields, family, num_hidden_layers)?,
+        quantization: quantization(&mut fields)?,
         eos_token_ids: fields.optional::<TokenIds>("eos_token_id")?.map(|ids| ids.0).unwrap_or_default(),
     };
     unknown.extend(fields.unread(HARMLESS));
@@ -204,11 +206,6 @@ fn family(fields: &mut Fields<'_>) -> Result<Family, ConfigError> {
 }
 
 fn refuse_what_is_never_supported(fields: &mut Fields<'_>) -> Result<(), ConfigError> {
-    if let Some(value) = fields.take("quantization_config") {
-        let method = value.get("quant_method").cloned().unwrap_or(value);
-        let reason = "weights that are stored quantised are not supported; use the model's bf16, f16 or f32 weights";
-        return Err(fields.unsupported("quantization_config", &method, reason));
-    }
     match fields.optional::<String>("hidden_act")?.as_deref() {
         None | Some("silu" | "swish") => {}
         Some(other) => return Err(fields.unsupported("hidden_act", &Value::from(other), "only silu is supported")),
@@ -223,6 +220,19 @@ fn refuse_what_is_never_supported(fields: &mut Fields<'_>) -> Result<(), ConfigE
         }
     }
     Ok(())
+}
+
+/// How bitsandbytes quantised the weights. What other methods made, this crate cannot read.
+fn quantization(fields: &mut Fields<'_>) -> Result<Option<bnb::Config>, ConfigError> {
+    let Some(value) = fields.take("quantization_config") else { return Ok(None) };
+    bnb::Config::from_json(&value).map(Some).map_err(|bnb::ConfigError { key, found, expected }| {
+        ConfigError::Unsupported {
+            path: fields.path().to_owned(),
+            key: fields.full(&format!("quantization_config.{key}")),
+            found,
+            reason: format!("expected {expected}; else use the model's bf16, f16 or f32 weights"),
+        }
+    })
 }
 
 fn key_value_heads(fields: &mut Fields<'_>, family: Family, heads: usize) -> Result<usize, ConfigError> {

@@ -11,6 +11,7 @@ mod rope;
 
 use std::path::Path;
 
+use emberlora_quant::bnb;
 use serde_json::{Map, Value};
 
 pub use error::ConfigError;
@@ -83,6 +84,8 @@ pub struct ModelConfig {
     pub norms: NormPlacement,
     /// For each block the number of most recent tokens (itself included) that a token attends to; `None` is all.
     pub windows: Vec<Option<usize>>,
+    /// How bitsandbytes quantised the projections that the files hold; `None` where they are dense.
+    pub quantization: Option<bnb::Config>,
     /// Tokens that end a generation, as `config.json` lists them; see [`stop_tokens`].
     pub eos_token_ids: Vec<u32>,
 }

@@ -1,9 +1,11 @@
 //! Names and shapes of the files against those of the model, in both directions.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::error::{LoadError, Mismatch, Misshaped};
 use super::layout::{EMBEDDING, HEAD, tensors};
+use super::packing::Plan;
 use super::source::WeightSource;
 use crate::config::ModelConfig;
 
@@ -15,21 +17,33 @@ pub(super) struct Ends {
     pub head: Option<&'static str>,
 }
 
-/// Compares everything and returns the tensors that are there and rightly not used.
-pub(super) fn check(dir: &Path, config: &ModelConfig, source: &WeightSource) -> Result<(Ends, Vec<String>), LoadError> {
+/// The projections of a model with the shapes of their weights; a head that is the embedding is none of them.
+pub(super) type Projections = BTreeMap<String, [usize; 2]>;
+
+/// Compares everything and returns the ends, the projections, and the tensors that are there and rightly not used.
+///
+/// The shape of a packed weight is not that of its tensor and is compared when it is read.
+pub(super) fn check(
+    dir: &Path,
+    config: &ModelConfig,
+    source: &WeightSource,
+    plan: &Plan<'_>,
+) -> Result<(Ends, Projections, Vec<String>), LoadError> {
     let ends = ends(config, source)?;
     let mut needed = tensors(config);
-    for name in std::iter::once(ends.embedding).chain(ends.head) {
-        needed.push((name.to_owned(), vec![config.vocab_size, config.hidden_size]));
-    }
+    let width = [config.vocab_size, config.hidden_size];
+    needed.extend(ends.head.map(|name| (name.to_owned(), width.to_vec())));
+    let projections: Projections = needed.iter().filter_map(|(name, shape)| projection(name, shape)).collect();
+    needed.push((ends.embedding.to_owned(), width.to_vec()));
 
     let mut mismatch = Mismatch::default();
     let mut unused = source.names();
     for (name, expected) in &needed {
         unused.remove(name.as_str());
+        let is_packed = name != ends.embedding && plan.claim(name, &mut unused);
         match source.shape(name) {
             None => mismatch.missing.push((name.clone(), None)),
-            Some(found) if found == expected => {}
+            Some(found) if is_packed || found == expected => {}
             Some(found) => {
                 let (name, expected, found) = (name.clone(), expected.clone(), found.to_vec());
                 mismatch.misshaped.push(Misshaped { name, expected, found });
@@ -45,7 +59,13 @@ pub(super) fn check(dir: &Path, config: &ModelConfig, source: &WeightSource) -> 
     if !mismatch.is_empty() {
         return Err(LoadError::Mismatch { dir: dir.to_owned(), mismatch });
     }
-    Ok((ends, ignored.into_iter().map(str::to_owned).collect()))
+    plan.check(&projections)?;
+    Ok((ends, projections, ignored.into_iter().map(str::to_owned).collect()))
+}
+
+/// The module of a weight with two dimensions.
+fn projection(name: &str, shape: &[usize]) -> Option<(String, [usize; 2])> {
+    Some((name.strip_suffix(".weight")?.to_owned(), shape.try_into().ok()?))
 }
 
 /// Tying as transformers 5 does it: the config asks for it, either tensor may be the one that was saved, and two that

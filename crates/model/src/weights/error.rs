@@ -3,7 +3,8 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use emberlora_quant::FloatDtype;
+use emberlora_quant::bnb::BnbError;
+use emberlora_quant::{FloatDtype, QuantError};
 
 use crate::config::ConfigError;
 
@@ -84,6 +85,36 @@ pub enum LoadError {
         /// Everything that does not fit.
         mismatch: Mismatch,
     },
+    /// A weight cannot be packed.
+    #[error("{}: {source}", path.display())]
+    Pack {
+        /// The file.
+        path: PathBuf,
+        /// Why, with the tensor.
+        source: QuantError,
+    },
+    /// A weight that is stored packed cannot be read.
+    #[error("{}: {source}", path.display())]
+    Packed {
+        /// The file.
+        path: PathBuf,
+        /// Why, with the tensor.
+        source: BnbError,
+    },
+    /// A projection is stored in another way than it should be.
+    #[error("{}: `{what}` is {found}; expected {expected}, {because}", path.display())]
+    Quantization {
+        /// The file.
+        path: PathBuf,
+        /// The tensor, or the key of `config.json`.
+        what: String,
+        /// How it is stored.
+        found: String,
+        /// How it should be.
+        expected: String,
+        /// Who says so.
+        because: DecidedBy,
+    },
     /// The device cannot hold or compute in the format that was asked for.
     #[error("{device} does not support {dtype}; choose f32")]
     UnsupportedDtype {
@@ -92,6 +123,27 @@ pub enum LoadError {
         /// The device.
         device: String,
     },
+}
+
+/// Who says how a projection should be stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DecidedBy {
+    /// The options, with which a directory that is quantised already has to agree.
+    Options,
+    /// The directory's own configuration.
+    Config,
+    /// The other weights of the directory.
+    Others,
+}
+
+impl fmt::Display for DecidedBy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Options => "as `quantization` says: let both agree, or leave it out to take the directory as it is",
+            Self::Config => "as `quantization_config` of config.json says",
+            Self::Others => "as the weights before it",
+        })
+    }
 }
 
 /// What is between the names and shapes that a model needs and those that its files have.

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use burn::tensor::{AllocationProperty, Bytes};
 use emberlora_quant::FloatDtype;
+use emberlora_quant::bnb::{self, Element};
 use half::{bf16, f16};
 use memmap2::Mmap;
 use safetensors::tensor::{Dtype, Metadata};
@@ -101,8 +102,6 @@ impl WeightFile {
         entry.dtype == of.dtype && self.map[entry.range.clone()] == other.map[of.range.clone()]
     }
 
-    /// Reads through the file rather than through the mapping, piece by piece: pages of the mapping that were touched
-    /// once would stay resident beside the copy.
     fn converted(&self, entry: &Entry, dtype: FloatDtype) -> Result<Bytes, LoadError> {
         let elements = entry.range.len() / entry.dtype.size();
         Ok(match dtype {
@@ -119,22 +118,48 @@ impl WeightFile {
         count: usize,
         read: impl Fn([u8; N]) -> T,
     ) -> Result<Vec<T>, LoadError> {
+        let mut out = Vec::with_capacity(count);
+        self.pieces(&entry.range, |piece| {
+            let converted = emberlora_quant::convert(piece, entry.dtype, dtype)
+                .map_err(|error| LoadError::Malformed { path: self.path.clone(), reason: error.to_string() })?;
+            out.extend(converted.as_chunks::<N>().0.iter().map(|&element| read(element)));
+            Ok(())
+        })?;
+        Ok(out)
+    }
+
+    /// Hands on a tensor's bytes in pieces of whole elements, read through the file rather than through the mapping:
+    /// pages of the mapping that were touched once would stay resident beside what is made of them.
+    pub(super) fn pieces(
+        &self,
+        range: &Range<usize>,
+        mut take: impl FnMut(&[u8]) -> Result<(), LoadError>,
+    ) -> Result<(), LoadError> {
         const PIECE: usize = 4 << 20;
         let io = |source| LoadError::Io { path: self.path.clone(), source };
         let mut file = &self.file;
-        file.seek(SeekFrom::Start(entry.range.start as u64)).map_err(io)?;
-        let mut out = Vec::with_capacity(count);
-        let mut piece = vec![0; PIECE.min(entry.range.len())];
-        let mut left = entry.range.len();
+        file.seek(SeekFrom::Start(range.start as u64)).map_err(io)?;
+        let mut piece = vec![0; PIECE.min(range.len())];
+        let mut left = range.len();
         while left > 0 {
             let now = piece.len().min(left);
             file.read_exact(&mut piece[..now]).map_err(io)?;
-            let converted = emberlora_quant::convert(&piece[..now], entry.dtype, dtype)
-                .map_err(|error| LoadError::Malformed { path: self.path.clone(), reason: error.to_string() })?;
-            out.extend(converted.as_chunks::<N>().0.iter().map(|&element| read(element)));
+            take(&piece[..now])?;
             left -= now;
         }
-        Ok(out)
+        Ok(())
+    }
+
+    /// The tensor as it is stored, whatever its elements are, read through the file.
+    pub(super) fn stored(&self, name: &str) -> Result<Option<bnb::Tensor<'static>>, LoadError> {
+        let Some(info) = self.metadata.info(name) else { return Ok(None) };
+        let (start, end) = info.data_offsets;
+        let mut bytes = Vec::with_capacity(end - start);
+        self.pieces(&(self.data + start..self.data + end), |piece| {
+            bytes.extend_from_slice(piece);
+            Ok(())
+        })?;
+        Ok(Some(bnb::Tensor::new(Element::from_name(&info.dtype.to_string()), info.shape.clone(), bytes)))
     }
 }
 

@@ -5,6 +5,7 @@ use crate::config::{ModelConfig, NormPlacement, QkNorm};
 pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
 pub(super) const FINAL_NORM: &str = "model.norm.weight";
 pub(super) const HEAD: &str = "lm_head.weight";
+pub(super) const HEAD_MODULE: &str = "lm_head";
 
 /// Every tensor that the files must have but the embedding and the head, which depend on each other.
 pub(super) fn tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {

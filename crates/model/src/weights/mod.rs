@@ -2,23 +2,25 @@
 //!
 //! Files are mapped. A weight that is kept in the format of its file is not copied on a CPU backend that can read the
 //! mapping: it costs page cache, which the system can take back, and no memory of the process. A weight that has to be
-//! converted is converted on its own, so that no second copy of the model exists at any time.
+//! converted or packed is read on its own, piece by piece, so that no second copy of the model exists at any time.
 
 mod check;
 mod error;
 mod file;
 mod layout;
+mod packing;
 mod source;
 
 use std::path::{Path, PathBuf};
 
 use burn::module::{Param, ParamId};
 use burn::tensor::{Device, Tensor, TensorData};
-use emberlora_kernels::AttentionKind;
+use emberlora_kernels::{AttentionKind, PackedTensor};
 use emberlora_lora::LoraLinear;
 use emberlora_quant::FloatDtype;
 
-pub use error::{LoadError, Mismatch, Misshaped};
+pub use error::{DecidedBy, LoadError, Mismatch, Misshaped};
+pub use packing::QuantizationOptions;
 pub(crate) use source::{INDEX, SINGLE, shards};
 
 use crate::attention::{Attention, AttentionShape, QkvProjection, SplitQkv};
@@ -28,21 +30,27 @@ use crate::checkpointing::Checkpointing;
 use crate::config::{ModelConfig, NormPlacement, QkNorm};
 use crate::mlp::{GateUpProjection, Mlp, SplitGateUp};
 use crate::rope::Rope;
+use check::Projections;
+use packing::Plan;
 use source::WeightSource;
 
 /// How a model is loaded.
-#[derive(Clone, Copy, Debug, derive_new::new)]
+#[derive(Clone, Debug, derive_new::new)]
 pub struct LoadOptions {
-    /// How the projections and the embedding are stored; `None` keeps the format of the files.
+    /// How the embedding and the projections that are not packed are stored; `None` keeps the format of the files.
     pub dtype: Option<FloatDtype>,
     /// The dtype of activations, norms and biases.
     pub compute_dtype: FloatDtype,
     /// How attention is computed.
     pub attention: AttentionKind,
+    /// How projections are packed. `None` takes them as they are in the files: dense, or packed by bitsandbytes, with
+    /// which options must agree.
+    #[new(default)]
+    pub quantization: Option<QuantizationOptions>,
 }
 
 /// What loading did.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct LoadReport {
     /// Base parameters; those of a tied head count once.
@@ -53,6 +61,12 @@ pub struct LoadReport {
     pub mapped_bytes: usize,
     /// Bytes of weights that were converted or copied.
     pub converted_bytes: usize,
+    /// Bytes of codes and scales of the projections that are packed.
+    pub packed_bytes: usize,
+    /// Parameters that these bytes hold.
+    pub packed_parameters: usize,
+    /// How they are packed, also where the directory alone says so.
+    pub quantization: Option<QuantizationOptions>,
     /// The files, in the order in which they were opened.
     pub files: Vec<PathBuf>,
     /// Tensors of the files that a model of this kind does not need.
@@ -68,7 +82,7 @@ impl CausalLm {
     ///
     /// # Errors
     /// Any [`LoadError`]. Names and shapes are compared in both directions before anything is read, and everything
-    /// that does not fit is reported at once.
+    /// that does not fit is reported at once. What packed weights say of themselves is checked when they are read.
     pub fn load(dir: &Path, options: &LoadOptions, device: &Device) -> Result<(Self, LoadReport), LoadError> {
         let config = ModelConfig::from_dir(dir)?;
         let device = device.clone().without_autodiff();
@@ -78,24 +92,27 @@ impl CausalLm {
             }
         }
         let source = WeightSource::open(dir)?;
-        let (ends, ignored) = check::check(dir, &config, &source)?;
+        let plan = Plan::new(dir, &config, &source, options.quantization.as_ref())?;
+        let (ends, projections, ignored) = check::check(dir, &config, &source, &plan)?;
 
-        let mut loader = Loader { source: &source, options, device: &device, report: LoadReport::default() };
+        let report = LoadReport { ignored, ..LoadReport::default() };
+        let mut loader = Loader { source: &source, options, device: &device, plan, projections: &projections, report };
         let embedding = loader.frozen::<2>(ends.embedding)?;
-        let head = match ends.head {
-            Some(name) => loader.frozen(name)?,
-            None => embedding.clone(),
+        let lm_head = match ends.head {
+            Some(_) => loader.linear(layout::HEAD_MODULE, false)?,
+            None => LoraLinear::new(embedding.clone(), None),
         };
         let layers =
             (0..config.num_hidden_layers).map(|layer| loader.block(&config, layer)).collect::<Result<_, _>>()?;
         let norm = loader.small(layout::FINAL_NORM)?;
-        let mut report = loader.report;
+        let Loader { plan, mut report, .. } = loader;
+        report.quantization = plan.into_options();
 
         let model = Self {
             embed_tokens: constant(embedding),
             layers,
             norm: constant(norm),
-            lm_head: LoraLinear::new(head, None),
+            lm_head,
             tied: ends.head.is_none(),
             settings: Settings {
                 rope: Rope::new(config.rope.clone()),
@@ -107,7 +124,6 @@ impl CausalLm {
         };
         report.parameters = model.num_base_parameters();
         report.files = source.files.iter().map(|file| file.path.clone()).collect();
-        report.ignored = ignored;
         Ok((model, report))
     }
 }
@@ -121,6 +137,8 @@ struct Loader<'a> {
     source: &'a WeightSource,
     options: &'a LoadOptions,
     device: &'a Device,
+    plan: Plan<'a>,
+    projections: &'a Projections,
     report: LoadReport,
 }
 
@@ -136,11 +154,7 @@ impl Loader<'_> {
     }
 
     fn tensor<const D: usize>(&mut self, name: &str, dtype: Option<FloatDtype>) -> Result<Tensor<D>, LoadError> {
-        let missing = || LoadError::Malformed {
-            path: self.source.files.first().map(|file| file.path.clone()).unwrap_or_default(),
-            reason: format!("tensor `{name}` is missing"),
-        };
-        let (file, entry) = self.source.entry(name)?.ok_or_else(missing)?;
+        let (file, entry) = self.source.entry(name)?.ok_or_else(|| self.missing(name))?;
         let as_stored = if self.device.supports_dtype(burn_dtype(entry.dtype)) { entry.dtype } else { FloatDtype::F32 };
         let dtype = dtype.unwrap_or(as_stored);
         let (bytes, mapped) = file.bytes(&entry, dtype)?;
@@ -157,10 +171,25 @@ impl Loader<'_> {
         Ok(Tensor::from_data(data, (self.device, burn_dtype(dtype))))
     }
 
+    /// What cannot happen once everything has been compared.
+    fn missing(&self, name: &str) -> LoadError {
+        LoadError::Malformed {
+            path: self.source.files.first().map(|file| file.path.clone()).unwrap_or_default(),
+            reason: format!("tensor `{name}` is missing"),
+        }
+    }
+
     fn linear(&mut self, name: &str, bias: bool) -> Result<LoraLinear, LoadError> {
-        let weight = self.frozen(&format!("{name}.weight"))?;
         let bias = if bias { Some(self.small(&format!("{name}.bias"))?) } else { None };
-        Ok(LoraLinear::new(weight, bias))
+        let weight = format!("{name}.weight");
+        let shape = *self.projections.get(name).ok_or_else(|| self.missing(&weight))?;
+        let Some(packed) = self.plan.read(name, shape)? else {
+            return Ok(LoraLinear::new(self.frozen(&weight)?, bias));
+        };
+        self.report.tensors += 1;
+        self.report.packed_bytes += packed.bytes();
+        self.report.packed_parameters += shape[0] * shape[1];
+        Ok(LoraLinear::packed(PackedTensor::upload(&packed, self.plan.threshold(), self.device), bias))
     }
 
     fn block(&mut self, config: &ModelConfig, layer: usize) -> Result<Block, LoadError> {

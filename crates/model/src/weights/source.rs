@@ -85,12 +85,21 @@ impl WeightSource {
     }
 
     pub(super) fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.files[*self.place.get(name)?].shape(name)
+        self.file_of(name)?.shape(name)
+    }
+
+    /// The file that holds the tensor.
+    pub(super) fn file_of(&self, name: &str) -> Option<&WeightFile> {
+        Some(&self.files[*self.place.get(name)?])
+    }
+
+    /// The path of that file, for messages; empty where no file has it.
+    pub(super) fn path_of(&self, name: &str) -> PathBuf {
+        self.file_of(name).map(|file| file.path.clone()).unwrap_or_default()
     }
 
     pub(super) fn entry(&self, name: &str) -> Result<Option<(&WeightFile, Entry)>, LoadError> {
-        let Some(&number) = self.place.get(name) else { return Ok(None) };
-        let file = &self.files[number];
+        let Some(file) = self.file_of(name) else { return Ok(None) };
         Ok(file.entry(name)?.map(|entry| (file, entry)))
     }
 }

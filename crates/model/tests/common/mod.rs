@@ -1,6 +1,9 @@
 //! What the tests share: the tiny models beside the workspace's tests.
 #![allow(dead_code)] // each test file uses its own part
 
+pub mod directory;
+pub mod packed;
+
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{Device, Tensor};
@@ -30,7 +33,7 @@ pub fn fixture(name: &str) -> PathBuf {
 }
 
 pub const OPTIONS: LoadOptions =
-    LoadOptions { dtype: None, compute_dtype: FloatDtype::F32, attention: AttentionKind::Fused };
+    LoadOptions { dtype: None, compute_dtype: FloatDtype::F32, attention: AttentionKind::Fused, quantization: None };
 
 pub fn load(name: &str) -> CausalLm {
     load_dir(&fixture(name), &OPTIONS).0
@@ -42,11 +45,16 @@ pub fn load_dir(dir: &Path, options: &LoadOptions) -> (CausalLm, LoadReport) {
 
 /// `(ids [2, 24], logits [2, 24, 96])` as transformers computed them.
 pub fn golden(name: &str) -> (Vec<u32>, Vec<f32>) {
-    let bytes = std::fs::read(fixture(name).join("goldens.safetensors")).unwrap();
+    golden_tensor(&fixture(name), "logits")
+}
+
+/// The same of another directory, with the logits of this name.
+pub fn golden_tensor(dir: &Path, name: &str) -> (Vec<u32>, Vec<f32>) {
+    let bytes = std::fs::read(dir.join("goldens.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let ids = file.tensor("input_ids").unwrap();
     let ids = ids.data().as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b) as u32).collect();
-    let logits = file.tensor("logits").unwrap();
+    let logits = file.tensor(name).unwrap();
     (ids, logits.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
 }
 

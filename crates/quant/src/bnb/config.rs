@@ -5,6 +5,9 @@ use serde_json::{Value, json};
 use super::state::torch_name;
 use crate::{FloatDtype, QuantKind};
 
+/// What transformers leaves out when no list says otherwise.
+const HEAD: &str = "lm_head";
+
 /// What transformers' `BitsAndBytesConfig` says about a checkpoint.
 ///
 /// The block size is not in it: each 4-bit weight tells its own.
@@ -91,6 +94,14 @@ impl Config {
         Ok(Self { kind, double_quant, compute_dtype, skip, threshold })
     }
 
+    /// Whether a module of this name stays dense; see [`is_skipped`].
+    pub fn skips(&self, module: &str) -> bool {
+        match &self.skip {
+            Some(names) => is_skipped(module, names),
+            None => module == HEAD,
+        }
+    }
+
     /// The value of `quantization_config`, with the keys that transformers writes.
     pub fn to_json(&self) -> Value {
         let int8 = self.kind == QuantKind::Int8;
@@ -111,6 +122,17 @@ impl Config {
             "quant_method": "bitsandbytes",
         })
     }
+}
+
+/// Whether a list of modules to skip has this one in it: by its whole name, by what it begins with up to a dot, or by
+/// what it ends with.
+///
+/// That is transformers' `should_convert_module` for names; there they may also be regular expressions.
+pub fn is_skipped(module: &str, names: &[String]) -> bool {
+    names.iter().any(|name| {
+        let begins = module.strip_prefix(name.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+        begins || module.ends_with(name.as_str())
+    })
 }
 
 /// A key's value, unless it is absent or null.

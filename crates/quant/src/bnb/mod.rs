@@ -22,7 +22,7 @@ mod write;
 use std::borrow::Cow;
 use std::fmt;
 
-pub use config::{Config, ConfigError};
+pub use config::{Config, ConfigError, is_skipped};
 pub use error::BnbError;
 pub use read::from_tensors;
 pub use write::to_tensors;

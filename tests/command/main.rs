@@ -3,6 +3,7 @@
 mod adapters;
 mod inputs;
 mod inspecting;
+mod packed;
 mod training;
 
 use std::io::Write;

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 use emberlora_config::RunConfig;
+use emberlora_train::provenance::PackedProvenance;
 use emberlora_train::{ADAPTER, Evaluation, Event, Listener, Run, TrainError, Trained};
 use indicatif::{BinaryBytes, HumanCount};
 
@@ -44,6 +45,10 @@ fn describe(run: &Run, terminal: &Terminal) {
         run.provenance.device,
         model.model.compute_dtype().name(),
     ));
+    if let Some(PackedProvenance { format, parameters, bytes }) = &run.provenance.model.packed {
+        let (parameters, bytes) = (HumanCount(*parameters as u64), BinaryBytes(*bytes as u64));
+        terminal.say(format!("model weights: {parameters} parameters in {format}: {bytes}"));
+    }
     for (split, data) in [("train", Some(&run.train)), ("eval", run.eval.as_ref())] {
         for line in data.iter().flat_map(|data| data.report.to_string().lines().map(str::to_owned).collect::<Vec<_>>())
         {

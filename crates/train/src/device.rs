@@ -137,11 +137,6 @@ fn explicit(dtype: Dtype) -> Option<FloatDtype> {
     DTYPES.iter().find(|names| names.2 == dtype).map(|names| names.0)
 }
 
-/// `None` for what is no dense storage format.
-pub(crate) fn float_dtype(dtype: DType) -> Option<FloatDtype> {
-    DTYPES.iter().find(|names| names.1 == dtype).map(|names| names.0)
-}
-
 /// The word that recipes have for a format.
 pub(crate) fn recipe_dtype(dtype: FloatDtype) -> Dtype {
     DTYPES.iter().find(|names| names.0 == dtype).map_or(Dtype::Auto, |names| names.2)

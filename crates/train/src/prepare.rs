@@ -3,19 +3,20 @@
 use std::io;
 use std::path::PathBuf;
 
-use emberlora_config::{Attention, GradientCheckpointing, ModelSection, QuantizationKind, RunConfig};
+use emberlora_config::{Attention, GradientCheckpointing, ModelSection, RunConfig};
 use emberlora_data::{
     DataError, DataOptions, Dataset, Document, NoProgress, PrefixSharing, TemplateError, Tokenizer, TokenizerError,
 };
+use emberlora_lora::LoraError;
 use emberlora_lora::peft::PeftError;
-use emberlora_lora::{LoraError, Projections};
 use emberlora_model::hub::{self, DownloadProgress, HubError};
 use emberlora_model::{AttentionKind, CausalLm, Checkpointing, LoadError, LoadOptions, LoadReport, ModelConfig};
-use emberlora_quant::FloatDtype;
+use emberlora_quant::UnknownBlockSize;
 
 use crate::TrainError;
 use crate::adapter::{self, AdapterChoice, AttachedAdapter};
 use crate::device::{self, ChosenDevice, DeviceError};
+use crate::quantization::quantization_options;
 
 /// Why a recipe cannot be run.
 #[derive(Debug, thiserror::Error)]
@@ -23,12 +24,9 @@ pub enum PrepareError {
     /// The recipe has no adapter, so there is nothing to train.
     #[error("`adapter.kind: none` leaves nothing to train; set it to `lora`")]
     NoAdapter,
-    /// Models are not packed while they are loaded.
-    #[error("quantization: models cannot be loaded as {kind} yet; set it to null")]
-    Quantization {
-        /// The format that the recipe asks for.
-        kind: QuantizationKind,
-    },
+    /// 4-bit blocks of a size that there is not.
+    #[error("quantization.block_size: {0}")]
+    BlockSize(#[from] UnknownBlockSize),
     /// Gradients of f16 vanish without loss scaling, which is not done.
     #[error(
         "model.compute_dtype: f16 can evaluate and generate, but not train, since its gradients vanish; set it to bf16, f32 or auto"
@@ -191,15 +189,17 @@ impl LoadedModel {
     /// Device and formats are looked at first, then the model, then the adapter.
     pub fn load(config: &RunConfig, base: &Base, choice: AdapterChoice<'_>) -> Result<Self, PrepareError> {
         let ModelSection { source: _, revision: _, dtype, compute_dtype, attention } = &config.model;
-        if let Some(quantization) = &config.quantization {
-            return Err(PrepareError::Quantization { kind: quantization.kind });
-        }
         let device = device::choose(&config.device)?;
         let attention = match attention {
             Attention::Fused => AttentionKind::Fused,
             Attention::Eager => AttentionKind::Eager,
         };
-        let options = LoadOptions::new(device.weight_dtype(*dtype)?, device.compute_dtype(*compute_dtype)?, attention);
+        let options = LoadOptions {
+            dtype: device.weight_dtype(*dtype)?,
+            compute_dtype: device.compute_dtype(*compute_dtype)?,
+            attention,
+            quantization: config.quantization.as_ref().map(quantization_options).transpose()?,
+        };
         let checkpointing = match config.gradient_checkpointing {
             GradientCheckpointing::None => None,
             GradientCheckpointing::Block => Some(Checkpointing::Block),
@@ -212,16 +212,6 @@ impl LoadedModel {
         model.set_checkpointing(checkpointing.unwrap_or_default());
         let adapter = adapter::put_on(&mut model, &config.adapter, choice, config.seed, &on)?;
         Ok(Self { model, report, adapter, device })
-    }
-
-    /// The format that the projections are stored in, where they are all stored alike.
-    pub fn weight_dtype(&self) -> Option<FloatDtype> {
-        let mut found = Vec::new();
-        self.model.projections(&mut |_, linear| {
-            found.push(linear.weight.as_dense().and_then(|weight| device::float_dtype(weight.dtype())));
-        });
-        found.dedup();
-        found.first().copied().flatten().filter(|_| found.len() == 1)
     }
 
     /// Whether the model can read every token of `documents`.

@@ -1,12 +1,14 @@
 //! What exactly was run: versions, and hashes of everything that was read.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use emberlora_data::DataReport;
 use emberlora_lora::peft;
+use emberlora_model::LoadReport;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
@@ -56,10 +58,23 @@ pub struct ModelProvenance {
     pub commit: Option<String>,
     /// SHA-256 of configuration and weights, for a model in a local directory.
     pub files: BTreeMap<String, String>,
-    /// How the weights were stored in memory; `auto` where not all alike.
+    /// How the weights that are not packed were stored in memory; `auto` where not all alike.
     pub dtype: String,
+    /// How the others were.
+    pub packed: Option<PackedProvenance>,
     /// The format of activations.
     pub compute_dtype: String,
+}
+
+/// The packed weights of a base model.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct PackedProvenance {
+    /// Their format, as in `nf4 in blocks of 64, double quantised`.
+    pub format: String,
+    /// Parameters that they hold.
+    pub parameters: usize,
+    /// Bytes of their codes and scales.
+    pub bytes: usize,
 }
 
 /// An adapter that was read.
@@ -77,6 +92,21 @@ impl Default for Versions {
     }
 }
 
+impl PackedProvenance {
+    /// What was packed; `None` where nothing is.
+    pub fn of(report: &LoadReport) -> Option<Self> {
+        let format = report.quantization.as_ref()?.scheme.to_string();
+        let (parameters, bytes) = (report.packed_parameters, report.packed_bytes);
+        (parameters > 0).then_some(Self { format, parameters, bytes })
+    }
+}
+
+impl fmt::Display for PackedProvenance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} parameters in {}: {} bytes", self.parameters, self.format, self.bytes)
+    }
+}
+
 impl Provenance {
     /// The resolved recipe `config`, with everything that identifies what it read in comments above it.
     pub fn annotate(&self, config: &str) -> String {
@@ -90,6 +120,7 @@ impl Provenance {
         ];
         lines.extend(self.model.commit.iter().map(|commit| format!("model commit: {commit}")));
         lines.extend(self.model.files.iter().map(|(name, hash)| format!("model {name}: sha256 {hash}")));
+        lines.extend(self.model.packed.iter().map(|packed| format!("model weights: {packed}")));
         lines.push(format!("tokenizer: sha256 {}", self.tokenizer_sha256));
         lines.extend(self.chat_template_sha256.iter().map(|hash| format!("chat template: sha256 {hash}")));
         let adapter = self.init_from.iter().flat_map(|adapter| &adapter.files);

@@ -12,7 +12,8 @@ use emberlora_quant::FloatDtype;
 use crate::adapter::{AdapterChoice, AttachedAdapter, lora_options};
 use crate::files::ADAPTER;
 use crate::prepare::{Base, LoadedModel, PrepareError, Reporter};
-use crate::provenance::{AdapterProvenance, ModelProvenance, Versions};
+use crate::provenance::{AdapterProvenance, ModelProvenance, PackedProvenance, Versions};
+use crate::quantization::quantization_section;
 use crate::{
     AdapterWriter, Batches, Listener, Provenance, RunFiles, Seeded, TrainError, TrainOptions, Trained, Trainer, device,
 };
@@ -92,6 +93,7 @@ impl Run {
                     None => hash_files(&base.dir)?,
                 },
                 dtype: config.model.dtype.to_string(),
+                packed: PackedProvenance::of(&model.report),
                 compute_dtype: config.model.compute_dtype.to_string(),
             },
             tokenizer_sha256: base.tokenizer.sha256().to_owned(),
@@ -163,7 +165,9 @@ fn resolved(
 ) -> RunConfig {
     let mut config = config.clone();
     config.model.revision = base.commit.clone().unwrap_or(config.model.revision);
-    config.model.dtype = model.weight_dtype().map_or(config.model.dtype, device::recipe_dtype);
+    config.model.dtype = model.model.weight_dtype().map_or(config.model.dtype, device::recipe_dtype);
+    let found = || model.report.quantization.as_ref().and_then(quantization_section);
+    config.quantization = config.quantization.take().or_else(found);
     config.model.compute_dtype = device::recipe_dtype(model.model.compute_dtype());
     config.device = model.device.choice;
     fill_formats(&mut config.data.train, train);

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "no test file uses all of it")]
 
+pub mod site;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 

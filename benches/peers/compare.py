@@ -9,6 +9,7 @@ the same: losses of every step agree, or for the chat rows the tokens given and 
     a, a-ckpt   4 rows of 256 random tokens, every one a label, without and with gradient checkpointing
     b, b-ckpt   1 row of 1024
     c, c-ckpt   an epoch over chat rows: packing and shared prefixes against batches of 8 padded rows
+    d, d-ckpt   as a, the base in NF4 with double quantisation; beside emberlora on weights as they are, too
 """
 
 import argparse
@@ -26,8 +27,8 @@ from typing import Callable
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-SHAPES = {"a": (4, 256), "b": (1, 1024)}
-CASES = ["a", "a-ckpt", "b", "b-ckpt", "c", "c-ckpt"]
+SHAPES = {"a": (4, 256), "b": (1, 1024), "d": (4, 256)}
+CASES = ["a", "a-ckpt", "b", "b-ckpt", "c", "c-ckpt", "d", "d-ckpt"]
 OURS = "emberlora"
 CHAT_BATCH = 8
 CHAT_LR = 2e-4
@@ -38,6 +39,8 @@ MIB = 2**20
 class Contender:
     name: str
     run: Callable[[], dict]
+    same_base: bool = True
+    """Whether its base has the same values as the others', so that its losses have to be theirs."""
 
 
 def main():
@@ -61,7 +64,8 @@ def main():
                 contenders = step_contenders(case, args, programs, adapter)
                 check = same_losses
             results = alternate(case, contenders, args)
-            check(case, results, args.tolerance)
+            comparable = {contender.name: results[contender.name] for contender in contenders if contender.same_base}
+            check(case, comparable, args.tolerance)
             print_rows(case, results)
 
 
@@ -70,7 +74,7 @@ def parse_arguments():
     parser.add_argument("--model", type=Path, required=True, help="a directory, as scripts/fetch_smollm2.py writes it")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, metavar="CASE", help="default: all")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6, help="steps of a process in a and b; the first is not timed")
+    parser.add_argument("--steps", type=int, default=6, help="steps of a process in a, b and d; the first is not timed")
     parser.add_argument("--compile", action="store_true", help="also compiled PEFT, whose first step takes minutes")
     parser.add_argument("--weights", choices=["auto", "f32", "bf16"], default="auto",
                         help="how emberlora stores the frozen weights; auto: as the files do")
@@ -122,9 +126,15 @@ def step_contenders(case, args, programs, adapter):
     (rows, seq), checkpointed = SHAPES[case[0]], case.endswith("-ckpt")
     shared = ["--model", args.model, "--adapter", adapter, "--rows", rows, "--seq", seq, "--steps", args.steps]
     strategy = args.checkpointing if checkpointed else "none"
-    ours = [programs["step"], *shared, "--weights", args.weights, "--checkpointing", strategy]
+    ours = lambda weights: [programs["step"], *shared, "--weights", weights, "--checkpointing", strategy]
     peft = [sys.executable, HERE / "peft_step.py", *shared, *(["--ckpt"] if checkpointed else [])]
-    contenders = [Contender(OURS, lambda: reported(ours)), Contender("PEFT", lambda: reported(peft))]
+    if case.startswith("d"):
+        return [
+            Contender(OURS, lambda: reported(ours("nf4"))),
+            Contender(f"{OURS}, {args.weights}", lambda: reported(ours(args.weights)), same_base=False),
+            Contender("PEFT", lambda: reported([*peft, "--nf4"])),
+        ]
+    contenders = [Contender(OURS, lambda: reported(ours(args.weights))), Contender("PEFT", lambda: reported(peft))]
     if args.compile and not checkpointed:
         contenders.append(Contender("PEFT, compiled", lambda: reported([*peft, "--compile"])))
     return contenders

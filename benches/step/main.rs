@@ -21,8 +21,8 @@ use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
 use emberlora::data::{Batch, Document, RowRef};
 use emberlora::lora::{LoraOptions, attach, peft};
-use emberlora::model::{AttentionKind, CausalLm, Checkpointing, LoadOptions};
-use emberlora::quant::FloatDtype;
+use emberlora::model::{AttentionKind, CausalLm, Checkpointing, LoadOptions, QuantizationOptions};
+use emberlora::quant::{BlockSize, FloatDtype, QuantKind, Scheme};
 use emberlora::train::{AdamW, Decay, LrSchedule, TrainState};
 use serde_json::json;
 
@@ -47,7 +47,7 @@ struct Args {
     /// none, block, sqrt or every:N
     #[arg(long, default_value = "none", value_parser = checkpointing)]
     checkpointing: Strategy,
-    /// How frozen weights are stored, `auto` as in the files; computing is in f32
+    /// How frozen projections are stored, `auto` as in the files; computing is in f32
     #[arg(long, value_enum, default_value_t = Weights::Auto)]
     weights: Weights,
     #[arg(long, default_value_t = 1e-4)]
@@ -66,6 +66,8 @@ enum Weights {
     Auto,
     F32,
     Bf16,
+    /// NF4 with double quantisation, the embedding and the head as in the files
+    Nf4,
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -128,12 +130,16 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 fn load(args: &Args, device: &Device) -> Result<CausalLm, Box<dyn Error>> {
-    let weights = match args.weights {
-        Weights::Auto => None,
+    let dtype = match args.weights {
+        Weights::Auto | Weights::Nf4 => None,
         Weights::F32 => Some(FloatDtype::F32),
         Weights::Bf16 => Some(FloatDtype::Bf16),
     };
-    let options = LoadOptions::new(weights, FloatDtype::F32, AttentionKind::Fused);
+    let mut options = LoadOptions::new(dtype, FloatDtype::F32, AttentionKind::Fused);
+    if let Weights::Nf4 = args.weights {
+        let scheme = Scheme::new(QuantKind::Nf4, BlockSize::default(), true);
+        options.quantization = Some(QuantizationOptions::new(scheme, vec!["lm_head".to_owned()], 0.0));
+    }
     let (mut model, _) = CausalLm::load(&args.model, &options, device)?;
     match &args.adapter {
         Some(dir) => peft::apply(&mut model, &peft::load(dir)?, device)?,

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::{QUICKSTART, command, emberlora, finish, set};
 
-/// An adapter of a few steps, trained once for all tests of this file.
+/// An adapter of a few steps, trained once for all tests.
 static ADAPTER: LazyLock<(tempfile::TempDir, PathBuf)> = LazyLock::new(|| {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("run");
@@ -20,7 +20,7 @@ static ADAPTER: LazyLock<(tempfile::TempDir, PathBuf)> = LazyLock::new(|| {
     (folder, adapter)
 });
 
-fn adapter() -> &'static str {
+pub(crate) fn adapter() -> &'static str {
     ADAPTER.1.to_str().unwrap()
 }
 

@@ -2,7 +2,12 @@
 
 use std::path::PathBuf;
 
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
+use emberlora_model::FloatDtype;
+use emberlora_quant::{BlockSize, QuantKind};
+
+use crate::quantize;
 
 /// Fine-tune language models with LoRA in pure Rust.
 #[derive(Debug, Parser)]
@@ -15,7 +20,7 @@ pub(crate) struct Cli {
     pub(crate) command: Command,
 }
 
-/// The five commands.
+/// The commands.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Fine-tune as a recipe says and write the adapter
@@ -26,6 +31,10 @@ pub(crate) enum Command {
     Generate(GenerateArgs),
     /// Show the rows as the model will see them, token by token
     Inspect(InspectArgs),
+    /// Write a model directory with packed weights that transformers and bitsandbytes load
+    Quantize(QuantizeArgs),
+    /// Add an adapter to its base and write the dense model
+    Merge(MergeArgs),
     /// Check, show and document recipes
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -113,6 +122,57 @@ pub(crate) struct InspectArgs {
     /// Show N rows (default: 4, with --json all)
     #[arg(long, value_name = "N")]
     pub(crate) rows: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct QuantizeArgs {
+    /// A model directory, or an id on the hub (org/name)
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: String,
+    /// The directory to write; it must not exist, or be empty
+    #[arg(value_name = "OUT")]
+    pub(crate) out: PathBuf,
+    /// The format: nf4, fp4 or int8
+    #[arg(long, value_name = "KIND")]
+    pub(crate) kind: QuantKind,
+    /// Weights that share a scale, with nf4 and fp4: 32, 64, 128, 256 or 512 (default: 64)
+    #[arg(long, value_name = "N", value_parser = quantize::block_size)]
+    pub(crate) block_size: Option<BlockSize>,
+    /// Keep the scales of nf4 and fp4 in 32 bits rather than in 8
+    #[arg(long)]
+    pub(crate) no_double_quant: bool,
+    /// Keep projections as they are whose module path equals, begins or ends with NAME; may be repeated (default:
+    /// lm_head). A head that is tied to the embedding is always kept
+    #[arg(long, value_name = "NAME", value_parser = NonEmptyStringValueParser::new())]
+    pub(crate) skip: Vec<String>,
+    /// Inputs from this magnitude on are multiplied in full precision, with int8; 0 is never (default: 6.0)
+    #[arg(long, value_name = "X", value_parser = quantize::threshold, allow_negative_numbers = true)]
+    pub(crate) threshold: Option<f32>,
+    /// What transformers computes in with nf4 and fp4: f32, bf16 or f16 (default: f32)
+    #[arg(long, value_name = "DTYPE")]
+    pub(crate) compute_dtype: Option<FloatDtype>,
+    /// Branch, tag or commit of a model on the hub
+    #[arg(long, value_name = "REVISION", default_value = "main")]
+    pub(crate) revision: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MergeArgs {
+    /// The recipe that names the base, and how it was quantised
+    #[arg(long, value_name = "RECIPE")]
+    pub(crate) recipe: PathBuf,
+    /// Values that override the recipe's
+    #[arg(value_name = "KEY.PATH=VALUE")]
+    pub(crate) overrides: Vec<String>,
+    /// A PEFT adapter directory
+    #[arg(long, value_name = "DIR")]
+    pub(crate) adapter: PathBuf,
+    /// The directory to write; it must not exist, or be empty
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// The format of the weights: f32, bf16 or f16 (default: that of the base's files)
+    #[arg(long, value_name = "DTYPE")]
+    pub(crate) dtype: Option<FloatDtype>,
 }
 
 #[derive(Debug, Subcommand)]

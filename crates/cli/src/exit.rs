@@ -6,6 +6,7 @@ use std::io;
 
 use emberlora_config::ConfigError;
 use emberlora_data::{DataError, TemplateError, TokenizerError};
+use emberlora_model::export::ExportError;
 use emberlora_model::generate::GenerateError;
 use emberlora_train::{PrepareError, TrainError};
 
@@ -45,6 +46,13 @@ pub(crate) fn is_closed_pipe(error: &anyhow::Error) -> bool {
 
 /// `None` where this cause does not know whose mistake it is.
 fn verdict(cause: &(dyn Error + 'static)) -> Option<u8> {
+    if let Some(error) = cause.downcast_ref::<ExportError>() {
+        return Some(match error {
+            ExportError::Interrupted { .. } => INTERRUPTED,
+            error if error.is_wrong_input() => WRONG,
+            _ => FAILED,
+        });
+    }
     let prepare = cause.downcast_ref::<PrepareError>().map(PrepareError::is_wrong_input);
     let train = || cause.downcast_ref::<TrainError>().map(TrainError::is_wrong_input);
     if let Some(wrong) = prepare.or_else(train) {

@@ -13,7 +13,9 @@ mod exit;
 mod generate;
 mod inspect;
 mod interrupt;
+mod merge;
 mod progress;
+mod quantize;
 mod sample;
 mod stop;
 mod terminal;
@@ -50,6 +52,8 @@ fn run(cli: &Cli, terminal: &Terminal, out: &mut dyn Write) -> anyhow::Result<u8
         Command::Eval(args) => eval::run(args, terminal, out)?,
         Command::Generate(args) => generate::run(args, terminal, out)?,
         Command::Inspect(args) => inspect::run(args, terminal, out)?,
+        Command::Quantize(args) => quantize::run(args, terminal, out)?,
+        Command::Merge(args) => merge::run(args, terminal, out)?,
         Command::Config(command) => config::run(command, out)?,
     }
     Ok(0)

@@ -1,8 +1,10 @@
 //! Progress on standard error: a bar where a person is looking, a line per logged step elsewhere.
 
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use emberlora_model::export::ExportProgress;
 use emberlora_model::hub::DownloadProgress;
 use emberlora_train::{Evaluation, Event, Listener, RunStarted, StepMetrics, StopReason, TrainError};
 use indicatif::{BinaryBytes, FormattedDuration, HumanCount, ProgressBar, ProgressStyle};
@@ -188,6 +190,36 @@ impl DownloadProgress for FileProgress {
 
     fn finished(&mut self) {
         self.end();
+    }
+}
+
+/// Shows how far a model has been written, until it is interrupted.
+pub(crate) struct ExportBar {
+    bar: FileProgress,
+    interrupt: Arc<AtomicBool>,
+}
+
+impl ExportBar {
+    pub(crate) fn new(terminal: &Terminal, what: &str, interrupt: Arc<AtomicBool>) -> Self {
+        Self { bar: FileProgress::new(terminal, what.to_owned()), interrupt }
+    }
+}
+
+impl ExportProgress for ExportBar {
+    fn started(&mut self, bytes: u64) {
+        self.bar.begin(bytes);
+    }
+
+    fn advanced(&mut self, bytes: u64) {
+        self.bar.more(bytes);
+    }
+
+    fn finished(&mut self) {
+        self.bar.end();
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.interrupt.load(Ordering::Relaxed)
     }
 }
 

@@ -23,7 +23,7 @@ pub(crate) fn run(args: &TrainArgs, terminal: &Terminal, out: &mut dyn Write) ->
     describe(&run, terminal);
 
     // Watched from here on: before, there is nothing to finish and Ctrl-C ends the process as usual.
-    let interrupt = interrupt::watch(terminal)?;
+    let interrupt = interrupt::watch(terminal, "stopping; the step under way is finished and the adapter written")?;
     let (mut progress, mut losses) = (TrainProgress::new(terminal), StepLosses::default());
     let trained = run.train(&mut [&mut progress, &mut losses], &interrupt)?;
 

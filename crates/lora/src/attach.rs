@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use burn::tensor::Device;
 
-use crate::plan::{Plan, PlannedModule, Unmatched, plan};
+use crate::plan::{Plan, PlannedModule, Survey, Unmatched, plan};
 use crate::{Adapter, LoraError, LoraOptions, Projections};
 
 /// What was attached to a model.
@@ -53,7 +53,7 @@ pub fn attach<P: Projections + ?Sized>(
     options: &LoraOptions,
     device: &Device,
 ) -> Result<AttachReport, LoraError> {
-    let plan = plan(model, options, Unmatched::Refuse)?;
+    let plan = plan(&Survey::of(model), options, Unmatched::Refuse)?;
     plan.check_ranks()?;
     let fresh = |module: &PlannedModule| {
         let shape = [module.out_features, module.in_features];

@@ -45,30 +45,35 @@ impl Plan {
     }
 }
 
-/// Name and shape `[out_features, in_features]` of every projection.
-fn survey<P: Projections + ?Sized>(model: &P) -> Vec<(String, [usize; 2])> {
-    let mut all = Vec::new();
-    model.projections(&mut |name, linear| {
-        all.push((name.to_owned(), [linear.out_features(), linear.in_features()]));
-    });
-    all
+/// All of a model that the rules look at.
+#[derive(Clone, Debug)]
+pub(crate) struct Survey {
+    /// Name and shape `[out_features, in_features]` of every projection.
+    pub(crate) projections: Vec<(String, [usize; 2])>,
+    /// Which of them is the head.
+    pub(crate) head: Option<String>,
+}
+
+impl Survey {
+    pub(crate) fn of<P: Projections + ?Sized>(model: &P) -> Self {
+        let mut projections = Vec::new();
+        model.projections(&mut |name, linear| {
+            projections.push((name.to_owned(), [linear.out_features(), linear.in_features()]));
+        });
+        Self { projections, head: model.output_head().map(str::to_owned) }
+    }
 }
 
 /// Applies the rules to a model.
-pub(crate) fn plan<P: Projections + ?Sized>(
-    model: &P,
-    options: &LoraOptions,
-    unmatched: Unmatched,
-) -> Result<Plan, LoraError> {
+pub(crate) fn plan(model: &Survey, options: &LoraOptions, unmatched: Unmatched) -> Result<Plan, LoraError> {
     let rules = Rules::new(options)?;
-    let all = survey(model);
-    check_targets(&all, options, unmatched)?;
-    check_layers(&all, &rules)?;
+    let Survey { projections: all, head } = model;
+    check_targets(all, options, unmatched)?;
+    check_layers(all, &rules)?;
 
-    let head = model.output_head();
     let (mut modules, mut excluded, mut elsewhere) = (Vec::new(), 0, 0);
-    for (name, [out_features, in_features]) in &all {
-        match rules.verdict(name, head == Some(name))? {
+    for (name, [out_features, in_features]) in all {
+        match rules.verdict(name, head.as_ref() == Some(name))? {
             Verdict::Adapted => {
                 let (rank, alpha) = rules.rank_and_alpha(name)?;
                 modules.push(PlannedModule {
@@ -87,7 +92,7 @@ pub(crate) fn plan<P: Projections + ?Sized>(
     }
     if modules.is_empty() {
         return Err(match (excluded, elsewhere) {
-            (0, 0) => LoraError::TargetsMatchNothing { targets: target_names(options), available: last_parts(&all) },
+            (0, 0) => LoraError::TargetsMatchNothing { targets: target_names(options), available: last_parts(all) },
             (_, 0) => LoraError::NothingLeft { targeted: excluded, by: "exclude" },
             _ => LoraError::NothingLeft { targeted: excluded + elsewhere, by: "layers" },
         });

@@ -36,4 +36,5 @@ pub use emberlora_kernels::AttentionKind;
 pub use emberlora_quant::FloatDtype;
 pub use hash::hash_files;
 pub use input::{Input, InputError};
+pub use weights::export;
 pub use weights::{DecidedBy, LoadError, LoadOptions, LoadReport, Mismatch, Misshaped, QuantizationOptions};

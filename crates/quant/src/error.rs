@@ -8,7 +8,7 @@ pub enum QuantError {
     /// A NaN or an infinity: its block would have no scale.
     #[error(
         "`{tensor}` holds {value} at [{row}, {column}]: only finite weights can be quantised; \
-         repair the checkpoint, or list the projection in `quantization.skip`"
+         repair the checkpoint, or leave the projection out (`quantization.skip`, `--skip`)"
     )]
     NotFinite {
         /// The weight.
@@ -23,7 +23,7 @@ pub enum QuantError {
     /// INT8 packs from f16, and this finite weight is beyond it.
     #[error(
         "`{tensor}` holds {value} at [{row}, {column}], which is beyond f16's largest number, 65504: INT8 is packed \
-         from f16; use a 4-bit kind, or list the projection in `quantization.skip`"
+         from f16; use a 4-bit kind, or leave the projection out (`quantization.skip`, `--skip`)"
     )]
     BeyondF16 {
         /// The weight.
@@ -38,7 +38,8 @@ pub enum QuantError {
     /// Scales near f32's largest number, whose mean or 8-bit form overflows.
     #[error(
         "`{tensor}` has magnitudes up to {largest} in the {block_size} elements from [{row}, {column}] on; scales \
-         this large overflow in 8 bits: set `quantization.double_quant: false`, or list the projection in `quantization.skip`"
+         this large overflow in 8 bits: keep them in f32 (`quantization.double_quant: false`, `--no-double-quant`), or \
+         leave the projection out (`quantization.skip`, `--skip`)"
     )]
     ScaleOverflow {
         /// The weight.

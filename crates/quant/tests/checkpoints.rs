@@ -5,7 +5,10 @@ mod common;
 use std::collections::BTreeMap;
 
 use common::{bytes, golden, matrix, tensors};
-use emberlora_quant::bnb::{BnbError, Config, Element, Tensor, from_tensors, is_skipped, to_tensors, weight_of};
+use emberlora_quant::bnb::{
+    BnbError, Config, Element, LONGEST_STATE, Tensor, from_tensors, is_skipped, parts as parts_of, to_tensors,
+    weight_of,
+};
 use emberlora_quant::{BlockSize, FloatDtype, PackedWeight, QuantKind, Scheme, pack};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -96,6 +99,33 @@ fn a_dense_weight_is_not_a_quantised_one() {
     let checkpoint = BTreeMap::from([("q_proj.weight".to_owned(), dense)]);
     assert!(read(&checkpoint, "q_proj.weight").unwrap().is_none());
     assert!(read(&checkpoint, "k_proj.weight").unwrap().is_none());
+}
+
+#[test]
+fn parts_are_known_before_a_weight_is_packed() {
+    let block = |size| BlockSize::try_from(size).unwrap();
+    let schemes = [
+        Scheme::new(QuantKind::Nf4, block(64), true),
+        Scheme::new(QuantKind::Nf4, block(4096), false),
+        Scheme::new(QuantKind::Fp4, block(32), true),
+        Scheme::Int8,
+    ];
+    for (scheme, shape) in
+        schemes.into_iter().flat_map(|scheme| [[1, 1], [3, 7], [130, 257]].map(|shape| (scheme, shape)))
+    {
+        let values = (0..shape[0] * shape[1]).map(|index| (index as f32 * 0.37).sin() * 1e-7);
+        let bytes: Vec<u8> = values.flat_map(f32::to_le_bytes).collect();
+        let packed = pack("w.weight", shape, FloatDtype::F32, &bytes, scheme).unwrap();
+        let (written, parts) = (to_tensors("w.weight", &packed), parts_of("w.weight", shape, scheme));
+        assert_eq!(written.len(), parts.len());
+        for ((name, tensor), part) in written.into_iter().zip(parts) {
+            assert_eq!((&name, tensor.element), (&part.name, part.element), "{scheme}");
+            match part.shape {
+                Some(shape) => assert_eq!(tensor.shape, shape, "{name} in {scheme}"),
+                None => assert!(tensor.bytes.len() < LONGEST_STATE, "{name} in {scheme}"),
+            }
+        }
+    }
 }
 
 #[test]

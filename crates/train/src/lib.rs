@@ -9,11 +9,13 @@
 //! | train a model of your own making on batches of your own | [`Trainer`] |
 //! | take single steps | [`TrainState`] |
 //! | measure a model | [`evaluate`] |
+//! | see how far a merged model is from its adapter | [`compare`] |
 //! | load a model and its adapter as a recipe says | [`Base`], [`LoadedModel`] |
 //! | open a device by name | [`device::choose`] |
 
 mod adapter;
 mod batches;
+mod compare;
 pub mod device;
 mod error;
 mod evaluate;
@@ -33,6 +35,7 @@ mod trainer;
 
 pub use adapter::{AdapterChoice, AttachedAdapter, lora_options};
 pub use batches::{Batches, Seeded};
+pub use compare::{Comparison, Distance, compare};
 pub use device::{ChosenDevice, DeviceError};
 pub use error::{Quantity, Rows, TrainError};
 pub use evaluate::{Evaluation, evaluate};

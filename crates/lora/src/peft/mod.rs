@@ -7,6 +7,7 @@
 mod config;
 mod directory;
 mod error;
+mod factors;
 mod tensors;
 
 use std::collections::BTreeMap;
@@ -15,15 +16,15 @@ use std::io;
 use std::path::Path;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use emberlora_quant::{FloatDtype, convert};
 
 pub use error::PeftError;
+pub use factors::{Factors, factors};
 pub use tensors::HostTensor;
 
 use crate::attach::{AttachReport, install};
-use crate::plan::{Unmatched, all_linear_suffixes, plan};
+use crate::plan::{Survey, Unmatched, all_linear_suffixes, plan};
 use crate::{Adapter, LoraOptions, Projections};
-use tensors::{key_a, key_b, key_base_weight};
+use tensors::{key_a, key_b};
 
 /// The file with the options.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -89,39 +90,15 @@ pub fn apply<P: Projections + ?Sized>(
     device: &Device,
 ) -> Result<AttachReport, PeftError> {
     let PeftAdapter { options, tensors, base_model_name: _, revision: _, warnings: _ } = adapter;
-    let plan = plan(model, options, Unmatched::Accept)?;
-    let mut unused: BTreeMap<&str, &HostTensor> = tensors.iter().map(|(name, t)| (name.as_str(), t)).collect();
-    let (mut missing, mut base_weights, mut factors) = (Vec::new(), BTreeMap::new(), Vec::new());
-    for module in &plan.modules {
-        let name = module.name.as_str();
-        let mut take = |key: String, expected: [usize; 2]| match unused.remove(key.as_str()) {
-            Some(found) if found.shape == expected => Ok(Some(TensorData::new(found.values.clone(), expected))),
-            Some(found) => {
-                Err(PeftError::Shape { tensor: key, expected: expected.to_vec(), found: found.shape.clone() })
-            }
-            None => {
-                missing.push(key);
-                Ok(None)
-            }
-        };
-        let a = take(key_a(name), [module.rank, module.in_features])?;
-        let b = take(key_b(name), [module.out_features, module.rank])?;
-        factors.extend(a.zip(b));
-        let key = key_base_weight(name);
-        if let Some(weight) = unused.remove(key.as_str()) {
-            base_weights.insert(name.to_owned(), (key, weight));
-        }
-    }
-    if !missing.is_empty() || !unused.is_empty() {
-        let unused = unused.into_keys().map(str::to_owned).collect();
-        return Err(PeftError::Mismatch { missing, unused });
-    }
-    check_base_weights(model, &base_weights)?;
+    let plan = plan(&Survey::of(model), options, Unmatched::Accept)?;
+    let factors = factors::of_plan(&plan, tensors)?;
+    check_base_weights(model, &factors)?;
 
-    let adapters =
-        plan.modules.iter().zip(factors).map(|(module, (a, b))| {
-            Adapter::from_data(&module.name, a, b, module.scale, options.dropout as f32, device)
-        });
+    let data = |tensor: &HostTensor| TensorData::new(tensor.values.clone(), tensor.shape.clone());
+    let adapters = factors.iter().map(|factors| {
+        let Factors { module, a, b, scale, base_weight: _ } = factors;
+        Adapter::from_data(module, data(a), data(b), *scale, options.dropout as f32, device)
+    });
     let adapters = adapters.collect();
     Ok(install(model, plan, adapters)?)
 }
@@ -153,7 +130,7 @@ fn collect<P: Projections + ?Sized>(
     model: &P,
     options: &LoraOptions,
 ) -> Result<BTreeMap<String, HostTensor>, PeftError> {
-    let plan = plan(model, options, Unmatched::Accept)?;
+    let plan = plan(&Survey::of(model), options, Unmatched::Accept)?;
     let mut planned: BTreeMap<&str, (usize, f32)> =
         plan.modules.iter().map(|module| (module.name.as_str(), (module.rank, module.scale))).collect();
     let mut tensors = BTreeMap::new();
@@ -192,30 +169,18 @@ fn collect<P: Projections + ?Sized>(
 }
 
 /// PEFT stores the base weight of an adapted head beside its adapter and would load it. Here it must be the model's.
-fn check_base_weights<P: Projections + ?Sized>(
-    model: &P,
-    expected: &BTreeMap<String, (String, &HostTensor)>,
-) -> Result<(), PeftError> {
+fn check_base_weights<P: Projections + ?Sized>(model: &P, factors: &[Factors<'_>]) -> Result<(), PeftError> {
     let mut problem = None;
     model.projections(&mut |name, linear| {
-        let Some((key, stored)) = expected.get(name) else { return };
+        let adapted = factors.iter().find(|factors| factors.module == name);
+        let Some((key, stored)) = adapted.and_then(|factors| factors.base_weight.as_ref()) else { return };
         match read_back(linear.weight.dequantise(), key) {
-            Ok(ours) if same_weight(&ours, stored) => {}
+            Ok(ours) if ours.shape == stored.shape && factors::are_same(&ours.values, &stored.values) => {}
             Ok(_) => drop(problem.get_or_insert(PeftError::BaseWeight { tensor: key.clone() })),
             Err(error) => drop(problem.get_or_insert(error)),
         }
     });
     problem.map_or(Ok(()), Err)
-}
-
-/// Whether two weights are equal, up to one of them having been rounded to a narrower format.
-fn same_weight(a: &HostTensor, b: &HostTensor) -> bool {
-    let bytes = |t: &HostTensor| t.values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>();
-    let (x, y) = (bytes(a), bytes(b));
-    a.shape == b.shape
-        && [FloatDtype::F32, FloatDtype::Bf16, FloatDtype::F16].into_iter().any(|dtype| {
-            matches!((convert(&x, FloatDtype::F32, dtype), convert(&y, FloatDtype::F32, dtype)), (Ok(x), Ok(y)) if x == y)
-        })
 }
 
 /// The values of a tensor in f32 on the host.

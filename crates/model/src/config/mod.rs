@@ -180,7 +180,7 @@ pub fn unapplied_settings(dir: &Path) -> Result<Vec<String>, ConfigError> {
     Ok(found)
 }
 
-fn read_object(path: &Path) -> Result<Map<String, Value>, ConfigError> {
+pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>, ConfigError> {
     let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
     parse_object(&text, path)
 }

@@ -119,7 +119,7 @@ impl WeightFile {
         read: impl Fn([u8; N]) -> T,
     ) -> Result<Vec<T>, LoadError> {
         let mut out = Vec::with_capacity(count);
-        self.pieces(&entry.range, |piece| {
+        self.pieces(&entry.range, |piece| -> Result<(), LoadError> {
             let converted = emberlora_quant::convert(piece, entry.dtype, dtype)
                 .map_err(|error| LoadError::Malformed { path: self.path.clone(), reason: error.to_string() })?;
             out.extend(converted.as_chunks::<N>().0.iter().map(|&element| read(element)));
@@ -128,13 +128,18 @@ impl WeightFile {
         Ok(out)
     }
 
+    /// Bytes of a tensor; 0 where there is none of that name.
+    pub(super) fn length(&self, name: &str) -> usize {
+        self.metadata.info(name).map_or(0, |info| info.data_offsets.1 - info.data_offsets.0)
+    }
+
     /// Hands on a tensor's bytes in pieces of whole elements, read through the file rather than through the mapping:
     /// pages of the mapping that were touched once would stay resident beside what is made of them.
-    pub(super) fn pieces(
+    pub(super) fn pieces<E: From<LoadError>>(
         &self,
         range: &Range<usize>,
-        mut take: impl FnMut(&[u8]) -> Result<(), LoadError>,
-    ) -> Result<(), LoadError> {
+        mut take: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
         const PIECE: usize = 4 << 20;
         let io = |source| LoadError::Io { path: self.path.clone(), source };
         let mut file = &self.file;
@@ -155,7 +160,7 @@ impl WeightFile {
         let Some(info) = self.metadata.info(name) else { return Ok(None) };
         let (start, end) = info.data_offsets;
         let mut bytes = Vec::with_capacity(end - start);
-        self.pieces(&(self.data + start..self.data + end), |piece| {
+        self.pieces(&(self.data + start..self.data + end), |piece| -> Result<(), LoadError> {
             bytes.extend_from_slice(piece);
             Ok(())
         })?;

@@ -6,6 +6,7 @@
 
 mod check;
 mod error;
+pub mod export;
 mod file;
 mod layout;
 mod packing;

@@ -84,6 +84,11 @@ impl<'a> Plan<'a> {
         }
     }
 
+    /// Whether the files hold this weight packed.
+    pub(super) fn holds(&self, weight: &str) -> bool {
+        self.parts.contains_key(weight)
+    }
+
     /// Takes the parts of a weight out of `unused`, if the files hold it packed, and says whether they do.
     pub(super) fn claim(&self, weight: &str, unused: &mut BTreeSet<&str>) -> bool {
         let Some(parts) = self.parts.get(weight) else { return false };

@@ -15,6 +15,7 @@
 
 mod config;
 mod error;
+mod parts;
 mod read;
 mod state;
 mod write;
@@ -24,7 +25,9 @@ use std::fmt;
 
 pub use config::{Config, ConfigError, is_skipped};
 pub use error::BnbError;
+pub use parts::{LONGEST_STATE, Part, parts};
 pub use read::from_tensors;
+pub use state::torch_name;
 pub use write::to_tensors;
 
 use crate::{Codebook, FloatDtype};
@@ -52,6 +55,15 @@ impl Element {
             "U8" => Self::U8,
             "I8" => Self::I8,
             other => other.parse().map_or(Self::Other, Self::Float),
+        }
+    }
+
+    /// Bytes that one takes; `None` for a type that no quantised weight has.
+    pub const fn size(self) -> Option<usize> {
+        match self {
+            Self::U8 | Self::I8 => Some(1),
+            Self::Float(dtype) => Some(dtype.size()),
+            Self::Other => None,
         }
     }
 

@@ -35,8 +35,8 @@ pub(super) fn write(weight: &FourBit) -> String {
     json
 }
 
-/// PyTorch's name of a format.
-pub(super) const fn torch_name(dtype: FloatDtype) -> &'static str {
+/// PyTorch's name of a format: `float32`, `bfloat16` or `float16`.
+pub const fn torch_name(dtype: FloatDtype) -> &'static str {
     match dtype {
         FloatDtype::F32 => "float32",
         FloatDtype::Bf16 => "bfloat16",

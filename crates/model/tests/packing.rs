@@ -2,6 +2,8 @@
 
 mod common;
 
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{Device, Tensor};
 use common::directory::{Tensors, directory, find, read_tensors, write};
 use common::packed::{QUANTISED, nf4, packed, packing, quantised, refused, scheme};
 use common::*;
@@ -85,6 +87,22 @@ fn a_head_that_is_packed_predicts_what_its_numbers_say() {
     let (whole, most) = (logits(&packing(Scheme::Int8, &[])), logits(&packing(Scheme::Int8, &["lm_head"])));
     assert_close(&whole, &most, 0.1, "a head in 8 bits");
     assert_ne!(whole, most);
+}
+
+#[test]
+fn nothing_of_a_packed_model_requires_a_gradient() {
+    struct Check(usize);
+    impl ModuleVisitor for Check {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            assert!(!param.is_require_grad() && !param.val().is_tracked());
+            self.0 += 1;
+        }
+    }
+    let (model, report) = CausalLm::load(&fixture("llama"), &nf4(), &Device::flex().autodiff()).unwrap();
+    let mut check = Check(0);
+    model.visit(&mut check);
+    assert_eq!(check.0, report.tensors);
+    model.train().visit(&mut check);
 }
 
 #[test]

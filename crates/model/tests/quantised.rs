@@ -5,11 +5,13 @@ mod common;
 use std::fs;
 use std::path::Path;
 
+use burn::tensor::Device;
 use common::directory::{Tensors, directory, find, read_tensors, write};
 use common::packed::{nf4, packed, packing, quantised, refused, scheme, with_threshold};
 use common::*;
-use emberlora_model::{Input, LoadError, LoadOptions, LoadReport};
+use emberlora_model::{CausalLm, Input, LoadError, LoadOptions, LoadReport};
 use emberlora_quant::{BlockSize, QuantKind, Scheme};
+use proptest::prelude::*;
 use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -124,7 +126,7 @@ fn a_directory_that_contradicts_its_configuration_is_refused() {
     check(set("llm_int8_skip_modules", json!([])), &["`lm_head.weight` is dense; expected packed", says]);
     check(set("quant_method", json!("gptq")), &["quantization_config.quant_method", "gptq", "bitsandbytes"]);
     let unknown = changed("llama_fp4", |_, config| drop(config.as_object_mut().unwrap().remove("quantization_config")));
-    check(unknown, &["with another shape (14)", "unused (42)"]);
+    check(unknown, &["config.json: `quantization_config` is missing", "the files hold quantised weights"]);
     let dense = directory(json!({"quantization_config": {"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}}));
     fs::copy(fixture("llama").join("model.safetensors"), dir_file(&dense)).unwrap();
     check(dense, &["down_proj.weight` is dense; expected packed in nf4", says]);
@@ -204,4 +206,23 @@ fn parts_of_no_projection_are_unused() {
     });
     let text = refused(dir.path(), &OPTIONS).1;
     assert!(text.contains("unused (1)") && text.contains("layers.7.mlp.up_proj.weight.absmax"), "{text}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
+
+    /// Loading damaged bytes is an error or a model, never a panic.
+    #[test]
+    fn damage_is_never_a_panic(at in any::<prop::sample::Index>(), to in any::<u8>(), in_header in any::<bool>()) {
+        for name in ["llama_nf4_double", "llama_int8"] {
+            let dir = tempfile::tempdir().unwrap();
+            fs::copy(quantised(name).join("config.json"), dir.path().join("config.json")).unwrap();
+            let mut bytes = fs::read(quantised(name).join("model.safetensors")).unwrap();
+            let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+            let at = if in_header { at.index(header + 8) } else { header + 8 + at.index(bytes.len() - header - 8) };
+            bytes[at] = to;
+            fs::write(dir_file(&dir), bytes).unwrap();
+            drop(CausalLm::load(dir.path(), &OPTIONS, &Device::flex()));
+        }
+    }
 }

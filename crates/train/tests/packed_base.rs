@@ -7,8 +7,8 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
-use burn::module::Module;
-use burn::tensor::DType;
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::tensor::{DType, Tensor};
 use common::factors;
 use common::site::{Site, metrics, prepare_error, train};
 use emberlora_config::{Dtype, QuantizationKind, QuantizationSection, RunConfig};
@@ -17,6 +17,7 @@ use emberlora_lora::Projections;
 use emberlora_lora::peft;
 use emberlora_model::CausalLm;
 use emberlora_model::generate::{Generator, SamplingOptions};
+use emberlora_quant::FloatDtype;
 use emberlora_train::{AdapterChoice, Base, LoadedModel, PrepareError, Run, evaluate};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -134,30 +135,34 @@ fn a_section_that_disagrees_with_the_directory_is_refused() {
 
 #[test]
 fn adapters_are_f32_and_norms_in_the_compute_dtype() {
+    /// The formats of vectors as wide as the model: a norm each, as scales of 4-bit blocks are fewer.
     struct Norms(Vec<DType>);
-    impl burn::module::ModuleVisitor for Norms {
-        fn visit_float<const D: usize>(&mut self, param: &burn::module::Param<burn::tensor::Tensor<D>>) {
-            if D == 1 && param.dims()[0] == 32 {
+    impl ModuleVisitor for Norms {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            if param.dims()[..] == [32] {
                 self.0.push(param.val().dtype());
             }
         }
     }
     let site = Site::new();
-    let config = site.config(&[NF4, "model.dtype=bf16", "model.compute_dtype=f32"]);
-    let base = Base::resolve(&config, &()).unwrap();
-    let loaded = LoadedModel::load(&config, &base, AdapterChoice::Recipe).unwrap();
-    assert_eq!(loaded.model.weight_dtype(), Some(emberlora_quant::FloatDtype::Bf16));
-    let mut adapters = 0;
-    loaded.model.projections(&mut |_, linear| {
-        if let Some(adapter) = &linear.adapter {
-            assert_eq!((adapter.a.val().dtype(), adapter.b.val().dtype()), (DType::F32, DType::F32));
-            adapters += 1;
-        }
-    });
-    assert_eq!(adapters, 14);
-    let mut norms = Norms(Vec::new());
-    loaded.model.visit(&mut norms);
-    assert_eq!(norms.0[norms.0.len() - 1], DType::F32);
+    for (compute_dtype, expected) in [("f32", DType::F32), ("bf16", DType::BF16)] {
+        let compute_dtype = format!("model.compute_dtype={compute_dtype}");
+        let config = site.config(&[NF4, "model.dtype=f16", &compute_dtype]);
+        let base = Base::resolve(&config, &()).unwrap();
+        let LoadedModel { model, .. } = LoadedModel::load(&config, &base, AdapterChoice::Recipe).unwrap();
+        assert_eq!(model.weight_dtype(), Some(FloatDtype::F16));
+        let mut adapters = 0;
+        model.projections(&mut |_, linear| {
+            if let Some(adapter) = &linear.adapter {
+                assert_eq!((adapter.a.val().dtype(), adapter.b.val().dtype()), (DType::F32, DType::F32));
+                adapters += 1;
+            }
+        });
+        assert_eq!(adapters, 14);
+        let mut norms = Norms(Vec::new());
+        model.visit(&mut norms);
+        assert_eq!(norms.0, [expected; 5]);
+    }
 }
 
 #[test]

@@ -134,6 +134,8 @@ pub enum DecidedBy {
     Config,
     /// The other weights of the directory.
     Others,
+    /// The files, which hold packed weights.
+    Weights,
 }
 
 impl fmt::Display for DecidedBy {
@@ -142,6 +144,7 @@ impl fmt::Display for DecidedBy {
             Self::Options => "as `quantization` says: let both agree, or leave it out to take the directory as it is",
             Self::Config => "as `quantization_config` of config.json says",
             Self::Others => "as the weights before it",
+            Self::Weights => "as the files hold quantised weights: the config.json is not theirs",
         })
     }
 }

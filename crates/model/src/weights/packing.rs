@@ -39,7 +39,7 @@ pub(super) struct Plan<'a> {
 }
 
 impl<'a> Plan<'a> {
-    /// Refuses options of another format than `quantization_config` names.
+    /// Refuses options of another format than `quantization_config` names, and packed weights without one.
     pub(super) fn new(
         dir: &Path,
         config: &'a ModelConfig,
@@ -48,11 +48,16 @@ impl<'a> Plan<'a> {
     ) -> Result<Self, LoadError> {
         let stored = config.quantization.as_ref();
         let mut parts = BTreeMap::<_, Vec<_>>::new();
-        for name in stored.iter().flat_map(|_| source.names()) {
+        for name in source.names() {
             let refused = |error| LoadError::Packed { path: source.path_of(name), source: error };
             if let Some(weight) = bnb::weight_of(name).map_err(refused)? {
                 parts.entry(weight).or_default().push(name);
             }
+        }
+        if stored.is_none() && !parts.is_empty() {
+            let (path, what) = (dir.join("config.json"), "quantization_config".to_owned());
+            let (found, expected) = ("missing".to_owned(), "what the weights were quantised with".to_owned());
+            return Err(LoadError::Quantization { path, what, found, expected, because: DecidedBy::Weights });
         }
         let plan = Self { source, options, stored, parts, scheme: options.map(|options| options.scheme) };
         plan.check_config(dir)?;

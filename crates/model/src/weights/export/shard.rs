@@ -128,6 +128,9 @@ impl ShardWriter {
 #[cfg(test)]
 mod tests {
     use emberlora_quant::FloatDtype;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use proptest::sample::select;
     use safetensors::SafeTensors;
 
     use super::*;
@@ -170,5 +173,43 @@ mod tests {
         assert_eq!((data("state.a"), data("state.b")), (b"[1]".to_vec(), b"{}".to_vec()));
         assert_eq!(file.tensor("scale").unwrap().shape(), [2, 1]);
         assert_eq!(file.tensor("scalar").unwrap().shape(), [] as [usize; 0]);
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_written_in_whatever_order_reads_back(
+            tensors in vec((select(vec![F32, BF16, Element::U8, Element::I8]), 0usize..40, any::<bool>(), any::<u32>()), 0..12),
+        ) {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("a.safetensors");
+            let tensors: Vec<_> = tensors
+                .into_iter()
+                .enumerate()
+                .map(|(index, (element, length, is_state, seed))| {
+                    let element = if is_state { Element::U8 } else { element };
+                    let bytes = (0..length * element.size().unwrap()).map(|i| (i as u32 ^ seed) as u8).collect::<Vec<_>>();
+                    (format!("tensor {index}"), element, is_state, bytes, seed)
+                })
+                .collect();
+            let parts = tensors.iter().map(|(name, element, is_state, bytes, _)| {
+                Part::new(name, *element, (!is_state).then(|| vec![bytes.len() / element.size().unwrap()]))
+            });
+            let mut shard = ShardWriter::create(path.clone(), parts.collect()).unwrap();
+            let mut order: Vec<_> = tensors.iter().collect();
+            order.sort_by_key(|tensor| tensor.4);
+            for (name, element, _, bytes, _) in order {
+                shard.put(name, &Tensor::new(*element, Vec::new(), bytes.as_slice())).unwrap();
+            }
+            shard.finish().unwrap();
+            let written = std::fs::read(&path).unwrap();
+            let file = SafeTensors::deserialize(&written).unwrap();
+            prop_assert_eq!(file.len(), tensors.len());
+            for (name, element, _, bytes, _) in &tensors {
+                let view = file.tensor(name).unwrap();
+                prop_assert_eq!(view.data(), bytes);
+                prop_assert_eq!(view.dtype().to_string(), element.name());
+                prop_assert!((view.data().as_ptr().addr() - written.as_ptr().addr()).is_multiple_of(element.size().unwrap()));
+            }
+        }
     }
 }

@@ -205,3 +205,13 @@ fn an_adapter_that_is_missing_or_another_models_is_refused() {
     check("tests/fixtures/llama/train/default/adapter_final", &["llama/train/default/adapter_final", "lora_"]);
     refused(folder.path(), &["merge", "--recipe", QUICKSTART, "--adapter", adapter()], &["--out"]);
 }
+
+#[test]
+fn what_the_comparison_needs_is_looked_at_before_anything_is_merged() {
+    let folder = tempfile::tempdir().unwrap();
+    let (out, rows) = (folder.path().join("out"), folder.path().join("rows.jsonl"));
+    fs::write(&rows, "{\"prompt\": 1}\n").unwrap();
+    let (broken, out) = (set("data.eval", &rows), text(&out));
+    let args = ["merge", "--recipe", QUICKSTART, &broken, "data.format=auto", "--adapter", adapter(), "--out", out];
+    refused(folder.path(), &args, &["rows.jsonl:1"]);
+}

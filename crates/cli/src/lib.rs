@@ -53,7 +53,7 @@ fn run(cli: &Cli, terminal: &Terminal, out: &mut dyn Write) -> anyhow::Result<u8
         Command::Generate(args) => generate::run(args, terminal, out)?,
         Command::Inspect(args) => inspect::run(args, terminal, out)?,
         Command::Quantize(args) => quantize::run(args, terminal, out)?,
-        Command::Merge(args) => merge::run(args, terminal, out)?,
+        Command::Merge(args) => return merge::run(args, terminal, out),
         Command::Config(command) => config::run(command, out)?,
     }
     Ok(0)

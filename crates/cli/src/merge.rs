@@ -3,23 +3,25 @@
 use std::io::{self, Write};
 
 use emberlora_model::export::{self, ExportReport, MergeOptions};
-use emberlora_train::{Base, Comparison, Distance, PrepareError, compare, quantization_options};
+use emberlora_train::{Base, Comparing, Comparison, Distance, PrepareError, quantization_options};
 use indicatif::BinaryBytes;
 
 use crate::args::{MergeArgs, RecipeArgs};
+use crate::exit::INTERRUPTED;
 use crate::progress::ExportBar;
 use crate::terminal::Terminal;
 use crate::{config, interrupt};
 
-/// Runs `emberlora merge`.
-pub(crate) fn run(args: &MergeArgs, terminal: &Terminal, out: &mut dyn Write) -> anyhow::Result<()> {
+/// Runs `emberlora merge` and answers the exit code.
+pub(crate) fn run(args: &MergeArgs, terminal: &Terminal, out: &mut dyn Write) -> anyhow::Result<u8> {
     let recipe = RecipeArgs { recipe: args.recipe.clone(), overrides: args.overrides.clone() };
     let config = config::load(&recipe)?;
     // Before a model is fetched for nothing.
     export::check(&args.out)?;
     let base = Base::resolve(&config, terminal)?;
-    let interrupt = interrupt::watch(terminal, "stopping; nothing will have been written")?;
-    let mut bar = ExportBar::new(terminal, "merging", interrupt);
+    let comparing = Comparing::prepare(&config, &base)?;
+    let interrupt = interrupt::watch(terminal, "stopping")?;
+    let mut bar = ExportBar::new(terminal, "merging", interrupt.clone());
     let quantization = config.quantization.as_ref().map(quantization_options).transpose();
     let options = MergeOptions::new(quantization.map_err(PrepareError::from)?, args.dtype);
     let report = export::merge(&base.dir, &args.adapter, &args.out, &options, &mut bar)?;
@@ -31,8 +33,12 @@ pub(crate) fn run(args: &MergeArgs, terminal: &Terminal, out: &mut dyn Write) ->
     out.flush()?;
 
     terminal.say("comparing logits");
-    print(&compare(&config, &base, &args.adapter, &args.out)?, out)?;
-    Ok(())
+    let Some(comparison) = comparing.run(&args.adapter, &args.out, &interrupt)? else {
+        terminal.say("interrupted: the model is written, and not compared");
+        return Ok(INTERRUPTED);
+    };
+    print(&comparison, out)?;
+    Ok(0)
 }
 
 fn print(comparison: &Comparison, out: &mut dyn Write) -> io::Result<()> {

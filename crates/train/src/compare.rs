@@ -1,17 +1,18 @@
 //! How much merging an adapter changes what a model says.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::module::Module;
 use emberlora_config::{AdapterKind, AdapterSection, Dtype, ModelSection, RunConfig};
 use emberlora_data::{DataOptions, inspect};
 use emberlora_lora::Pass;
-use emberlora_model::{CausalLm, Input};
+use emberlora_model::{CausalLm, Input, LoadError, ModelConfig};
 use emberlora_quant::Scheme;
 
 use crate::quantization::quantization_section;
 use crate::state::read;
-use crate::{AdapterChoice, Base, LoadedModel, PrepareError, Rows, TrainError};
+use crate::{AdapterChoice, Base, LoadedModel, PrepareError, Rows, TrainError, device};
 
 /// How many prompts are compared, and the most tokens that each has.
 const PROMPTS: usize = 4;
@@ -46,37 +47,70 @@ pub struct Comparison {
     pub requantised: Option<(Scheme, Distance)>,
 }
 
-/// Reads a few prompts with the base and its adapter, with the merged model in `out`, and, for a base that is packed,
-/// with that model packed again. One of them is in memory at a time.
-///
-/// # Errors
-/// A model that cannot be loaded, rows that cannot be read, and a device that fails.
-pub fn compare(config: &RunConfig, base: &Base, adapter: &Path, out: &Path) -> Result<Comparison, PrepareError> {
-    let (prompts, from_recipe) = prompts(config, base)?;
-    let adapted = LoadedModel::load(config, base, AdapterChoice::Saved(adapter))?;
-    let packed = adapted.report.quantization.clone();
-    let expected = logits(&adapted.model, &prompts)?;
-    drop(adapted);
+/// A comparison that is ready to be made: what a recipe could get wrong about it has been looked at, before a model is
+/// merged for nothing.
+#[derive(Debug)]
+pub struct Comparing<'a> {
+    config: &'a RunConfig,
+    base: &'a Base,
+    prompts: Vec<Vec<u32>>,
+    from_recipe: bool,
+}
 
-    let merged = Base { dir: out.to_owned(), commit: None, tokenizer: base.tokenizer.clone() };
-    let mut dense = RunConfig {
-        model: ModelSection { dtype: Dtype::Auto, ..config.model.clone() },
-        adapter: AdapterSection { kind: AdapterKind::None, init_from: None, ..config.adapter.clone() },
-        quantization: None,
-        ..config.clone()
-    };
-    let distance_of = |config: &RunConfig| -> Result<Distance, PrepareError> {
-        let loaded = LoadedModel::load(config, &merged, AdapterChoice::Start)?;
-        Ok(distance(&expected, &logits(&loaded.model, &prompts)?))
-    };
-    let merged = distance_of(&dense)?;
-    dense.quantization = packed.as_ref().and_then(quantization_section);
-    let requantised = match packed {
-        Some(options) if dense.quantization.is_some() => Some((options.scheme, distance_of(&dense)?)),
-        _ => None,
-    };
-    let tokens = prompts.iter().map(Vec::len).sum();
-    Ok(Comparison { prompts: prompts.len(), tokens, from_recipe, merged, requantised })
+impl<'a> Comparing<'a> {
+    /// Chooses the device and reads a few prompts.
+    ///
+    /// # Errors
+    /// A device that is not there, and rows that cannot be read.
+    pub fn prepare(config: &'a RunConfig, base: &'a Base) -> Result<Self, PrepareError> {
+        let device = device::choose(&config.device)?;
+        device.weight_dtype(config.model.dtype)?;
+        device.compute_dtype(config.model.compute_dtype)?;
+        let (prompts, from_recipe) = prompts(config, base)?;
+        let vocab_size = ModelConfig::from_dir(&base.dir).map_err(LoadError::from)?.vocab_size;
+        if let Some(&token) = prompts.iter().flatten().find(|&&id| id as usize >= vocab_size) {
+            let row = if from_recipe { "the first rows" } else { "a fixed text" }.to_owned();
+            return Err(PrepareError::Vocabulary { row, token, vocab_size });
+        }
+        Ok(Self { config, base, prompts, from_recipe })
+    }
+
+    /// Reads the prompts with the base and its adapter, with the merged model in `out`, and, for a base that is packed,
+    /// with that model packed again. One of them is in memory at a time. `None` once `interrupt` is raised.
+    ///
+    /// # Errors
+    /// A model that cannot be loaded, and a device that fails.
+    pub fn run(&self, adapter: &Path, out: &Path, interrupt: &AtomicBool) -> Result<Option<Comparison>, PrepareError> {
+        let Self { config, base, prompts, from_recipe } = self;
+        let adapted = LoadedModel::load(config, base, AdapterChoice::Saved(adapter))?;
+        let packed = adapted.report.quantization.clone();
+        let Some(expected) = logits(&adapted.model, prompts, interrupt)? else { return Ok(None) };
+        drop(adapted);
+
+        let merged = Base { dir: out.to_owned(), commit: None, tokenizer: base.tokenizer.clone() };
+        let mut dense = RunConfig {
+            model: ModelSection { dtype: Dtype::Auto, ..config.model.clone() },
+            adapter: AdapterSection { kind: AdapterKind::None, init_from: None, ..config.adapter.clone() },
+            quantization: None,
+            ..(*config).clone()
+        };
+        let distance_of = |config: &RunConfig| -> Result<Option<Distance>, PrepareError> {
+            let loaded = LoadedModel::load(config, &merged, AdapterChoice::Start)?;
+            Ok(logits(&loaded.model, prompts, interrupt)?.map(|found| distance(&expected, &found)))
+        };
+        let Some(merged) = distance_of(&dense)? else { return Ok(None) };
+        dense.quantization = packed.as_ref().and_then(quantization_section);
+        let requantised = match packed.filter(|_| dense.quantization.is_some()) {
+            None => None,
+            Some(options) => match distance_of(&dense)? {
+                None => return Ok(None),
+                Some(distance) => Some((options.scheme, distance)),
+            },
+        };
+        let tokens = prompts.iter().map(Vec::len).sum();
+        let (prompts, from_recipe) = (prompts.len(), *from_recipe);
+        Ok(Some(Comparison { prompts, tokens, from_recipe, merged, requantised }))
+    }
 }
 
 /// The first rows that the recipe evaluates on, or else trains on, as far as their file is there.
@@ -97,17 +131,24 @@ fn prompts(config: &RunConfig, base: &Base) -> Result<(Vec<Vec<u32>>, bool), Pre
 }
 
 /// The scores of every token of the vocabulary at every position of every prompt.
-fn logits(model: &CausalLm, prompts: &[Vec<u32>]) -> Result<Vec<Vec<f32>>, PrepareError> {
+fn logits(
+    model: &CausalLm,
+    prompts: &[Vec<u32>],
+    interrupt: &AtomicBool,
+) -> Result<Option<Vec<Vec<f32>>>, PrepareError> {
     // Off the autodiff device nothing is recorded.
     let (model, pass) = (model.valid(), Pass::eval());
-    let of = |ids: &Vec<u32>| {
+    let mut all = Vec::with_capacity(prompts.len());
+    for ids in prompts {
+        if interrupt.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
         let input = Input::unpacked(1, ids.len(), ids, &model.device());
-        let input = input.and_then(|input| input.check(model.config().vocab_size).map(|()| input));
         let input = input.map_err(|source| TrainError::Input { rows: Rows::default(), source })?;
         let logits = model.logits(model.hidden(&input, &pass), &pass);
-        Ok(read(logits.flatten(0, 2))?.into_iter().map(|logit| logit as f32).collect())
-    };
-    prompts.iter().map(of).collect()
+        all.push(read(logits.flatten(0, 2))?.into_iter().map(|logit| logit as f32).collect());
+    }
+    Ok(Some(all))
 }
 
 fn distance(a: &[Vec<f32>], b: &[Vec<f32>]) -> Distance {

@@ -9,7 +9,7 @@
 //! | train a model of your own making on batches of your own | [`Trainer`] |
 //! | take single steps | [`TrainState`] |
 //! | measure a model | [`evaluate`] |
-//! | see how far a merged model is from its adapter | [`compare`] |
+//! | see how far a merged model is from its adapter | [`Comparing`] |
 //! | load a model and its adapter as a recipe says | [`Base`], [`LoadedModel`] |
 //! | open a device by name | [`device::choose`] |
 
@@ -35,7 +35,7 @@ mod trainer;
 
 pub use adapter::{AdapterChoice, AttachedAdapter, lora_options};
 pub use batches::{Batches, Seeded};
-pub use compare::{Comparison, Distance, compare};
+pub use compare::{Comparing, Comparison, Distance};
 pub use device::{ChosenDevice, DeviceError};
 pub use error::{Quantity, Rows, TrainError};
 pub use evaluate::{Evaluation, evaluate};

@@ -3,7 +3,7 @@
 mod support;
 
 use burn::backend::Flex;
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use emberlora_kernels::{
     AdapterPath, Dropout, FrozenWeight, Input, LinearBodies, LowRank, Optional, PackedTensor, Projected, Projection,
     ProjectionAdapter, Prologue, Weight, WeightOps, frozen_linear, linear_cross_entropy, project, reference,
@@ -60,8 +60,8 @@ proptest! {
         let weight = packed([n, k], schemes()[kind], &device);
         let expected = dequantised(&weight);
         let wrap = Tensor::<2>::from_primitive::<Flex>;
-        prop_assert_eq!(&values(&wrap(Flex::dequantise(flex_weight(&weight, 0.0)))), &expected);
-        prop_assert_eq!(&values(&wrap(reference::weight::dequantise::<Flex>(flex_weight(&weight, 0.0)))), &expected);
+        prop_assert_eq!(&values(&wrap(Flex::dequantise(flex_weight(&weight, 0.0), DType::F32))), &expected);
+        prop_assert_eq!(&values(&wrap(reference::weight::dequantise::<Flex>(flex_weight(&weight, 0.0), DType::F32))), &expected);
     }
 }
 

@@ -32,7 +32,7 @@ pub fn frozen_backward<B: WeightOps>(grad: FloatTensor<B>, weight: Weight<B>) ->
 pub(crate) fn dense<B: WeightOps>(weight: Weight<B>, dtype: DType) -> FloatTensor<B> {
     match weight {
         Weight::Dense(weight) => cast::<B>(weight, dtype),
-        packed => cast::<B>(B::dequantise(packed), dtype),
+        packed => B::dequantise(packed, dtype),
     }
 }
 

@@ -15,12 +15,12 @@ use emberlora_quant::{CODE_SCALE, DOT_SCALE};
 use half::f16;
 
 use crate::body::cast;
-use crate::weight::{Int8Format, generic};
+use crate::weight::{Int8Format, WeightOps};
 
 /// x `[M, K]` times the transposed weight, in the dtype of x.
 ///
 /// Sums of products of codes are exact in f32 up to K = 1040, and round in the last place beyond.
-pub(super) fn product<B: Backend>(
+pub(super) fn product<B: WeightOps>(
     x: FloatTensor<B>,
     codes: IntTensor<B>,
     scales: FloatTensor<B>,
@@ -28,7 +28,7 @@ pub(super) fn product<B: Backend>(
 ) -> FloatTensor<B> {
     let (dtype, [n, k]) = (x.dtype(), format.shape);
     let x = cast::<B>(x, DType::F32);
-    let weight = generic::int8_codes::<B>(codes, [n, k]);
+    let weight = B::int8_codes(codes, [n, k]);
     let Quantised { codes, scales: row_scales, outlier } = quantise::<B>(x.clone(), format.threshold);
     let scales = B::float_reshape(scales, Shape::new([1, n]));
     let sums = B::float_matmul(codes, B::float_transpose(weight.clone()));

@@ -9,6 +9,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::{FourBitFormat, NestedFormat, Weight, WeightOps};
+use crate::body::cast;
 use crate::flex::{contiguous, f32_tensor};
 use crate::gemm::{Half, Matrix, Source};
 use crate::simd::vectorised;
@@ -236,11 +237,11 @@ impl Source for Int8<'_> {
 }
 
 impl WeightOps for Flex {
-    fn dequantise(weight: Weight<Self>) -> FlexTensor {
-        let Some(stored) = Stored::of(&weight) else { return super::generic::dequantise::<Self>(weight) };
+    fn dequantise(weight: Weight<Self>, dtype: DType) -> FlexTensor {
+        let Some(stored) = Stored::of(&weight) else { return super::generic::dequantise::<Self>(weight, dtype) };
         let ([n, k], source) = (stored.dims(), stored.source());
         let mut values = vec![0f32; n * k];
         values.par_chunks_exact_mut(k.max(1)).enumerate().for_each(|(row, out)| source.read(row, 0, out));
-        f32_tensor(values, [n, k])
+        cast::<Self>(f32_tensor(values, [n, k]), dtype)
     }
 }

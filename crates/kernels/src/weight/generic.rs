@@ -15,10 +15,10 @@ const FOUR_BIT_SHIFTS: [u32; 8] = [4, 0, 12, 8, 20, 16, 28, 24];
 /// See [`FOUR_BIT_SHIFTS`].
 const EIGHT_BIT_SHIFTS: [u32; 4] = [0, 8, 16, 24];
 
-/// The weight in f32, `[N, K]`. It holds some ten times the packed bytes while it runs.
-pub fn dequantise<B: Backend>(weight: Weight<B>) -> FloatTensor<B> {
-    match weight {
-        Weight::Dense(weight) => cast::<B>(weight, DType::F32),
+/// See [`WeightOps::dequantise`](super::WeightOps::dequantise). It holds some ten times the packed bytes while it runs.
+pub fn dequantise<B: Backend>(weight: Weight<B>, dtype: DType) -> FloatTensor<B> {
+    let weight = match weight {
+        Weight::Dense(weight) => weight,
         Weight::FourBit { codes, scales, format } => four_bit::<B>(codes, scales, format),
         Weight::FourBitDouble { codes, scale_codes, scales, format, nested } => {
             let scales = block_scales::<B>(scale_codes, scales, format, &nested);
@@ -29,11 +29,12 @@ pub fn dequantise<B: Backend>(weight: Weight<B>) -> FloatTensor<B> {
             let factors = B::float_mul_scalar(scales, CODE_SCALE.into());
             B::float_mul(codes, B::float_reshape(factors, Shape::new([n, 1])))
         }
-    }
+    };
+    cast::<B>(weight, dtype)
 }
 
-/// The codes of an INT8 weight as numbers, f32 `[N, K]`.
-pub(crate) fn int8_codes<B: Backend>(codes: IntTensor<B>, [n, k]: [usize; 2]) -> FloatTensor<B> {
+/// See [`WeightOps::int8_codes`](super::WeightOps::int8_codes).
+pub fn int8_codes<B: Backend>(codes: IntTensor<B>, [n, k]: [usize; 2]) -> FloatTensor<B> {
     // Two's complement in the low byte: with its sign bit turned over it is the number + 128.
     let bytes = unpack::<B>(codes, &EIGHT_BIT_SHIFTS, 255, n * k);
     let shifted = B::bitwise_xor_scalar(bytes, 128.into());

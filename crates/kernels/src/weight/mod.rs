@@ -3,6 +3,8 @@
 //! Packed bytes are on the device as 32-bit integers, little-endian, the last one filled with zeros: every backend has
 //! that type, and the generic bodies take the codes out by shifts.
 
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+mod cube;
 #[cfg(feature = "flex")]
 pub(crate) mod flex;
 pub mod generic;
@@ -13,8 +15,6 @@ use burn::backend::{Backend, Dispatch, ExtensionType, TensorMetadata, backend_ex
 use burn::tensor::{DType, Tensor};
 
 pub use packed::{FourBitFormat, Int8Format, NestedFormat, PackedFormat, PackedTensor};
-
-use crate::body::plain_backends;
 
 /// A frozen weight `[N, K]`, as the functions over tensors take it.
 #[expect(clippy::large_enum_variant, reason = "it is a handful of handles, and made for one call")]
@@ -39,7 +39,9 @@ impl FrozenWeight {
     pub fn dequantise(&self) -> Tensor<2> {
         match self {
             Self::Dense(weight) => weight.clone().inner().cast(DType::F32),
-            Self::Packed(_) => Tensor::from_dispatch(<Dispatch as WeightOps>::dequantise(self.to_dispatch())),
+            Self::Packed(_) => {
+                Tensor::from_dispatch(<Dispatch as WeightOps>::dequantise(self.to_dispatch(), DType::F32))
+            }
         }
     }
 
@@ -135,10 +137,16 @@ impl<B: Backend> Weight<B> {
     Cube: cfg(any(feature = "wgpu", feature = "cuda"))
 )]
 pub trait WeightOps: Backend {
-    /// The weight in f32, `[N, K]`.
-    fn dequantise(#[extension_type] weight: Weight<Self>) -> FloatTensor<Self> {
-        generic::dequantise::<Self>(weight)
+    /// The weight in `dtype`, `[N, K]`; its numbers are those in f32, rounded.
+    fn dequantise(#[extension_type] weight: Weight<Self>, dtype: DType) -> FloatTensor<Self> {
+        generic::dequantise::<Self>(weight, dtype)
+    }
+
+    /// The codes of an INT8 weight as numbers, f32 `[N, K]`.
+    fn int8_codes(codes: IntTensor<Self>, shape: [usize; 2]) -> FloatTensor<Self> {
+        generic::int8_codes::<Self>(codes, shape)
     }
 }
 
-plain_backends!(WeightOps);
+#[cfg(feature = "ndarray")]
+impl WeightOps for burn_ndarray::NdArray {}

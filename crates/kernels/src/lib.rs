@@ -2,7 +2,7 @@
 //!
 //! Every operation has the same layers:
 //! 1. a trait over `B: Backend` whose default bodies run on any backend and are the reference;
-//! 2. faster bodies for single backends (`flex`: the CPU);
+//! 2. faster bodies for single backends (`flex`: the CPU; `cube`: whatever CubeCL compiles for);
 //! 3. the gradient, written by hand on the `Autodiff<B, C>` decorator, once for all backends;
 //! 4. a function over [`Tensor`](burn::tensor::Tensor), which is what users call.
 //!

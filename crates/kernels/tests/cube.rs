@@ -136,3 +136,18 @@ fn projections_are_those_of_the_dequantised_weight() {
         assert_eq!(found, expected, "{scheme}");
     }
 }
+
+#[test]
+#[cfg(feature = "flex")]
+fn products_with_activations_in_eight_bits_are_those_of_the_cpu() {
+    let weight = packed([19, 45], Scheme::Int8);
+    let product = |device: &Device| {
+        // Column 7 has outliers.
+        let x = (0..6 * 45).map(|i| if i % 45 == 7 { 9.0 } else { (i as f32 * 0.37).sin() }).collect::<Vec<f32>>();
+        let x = Tensor::<2>::from_data(TensorData::new(x, [6, 45]), device);
+        emberlora_kernels::frozen_linear(x, PackedTensor::upload(&weight, 6.0, device))
+    };
+    let (expected, found) = (values(&product(&Device::flex())), values(&product(&device())));
+    let largest = expected.iter().fold(0f32, |largest, value| largest.max(value.abs()));
+    assert!(expected.iter().zip(&found).all(|(a, b)| (a - b).abs() <= 2e-6 * largest), "{expected:?}\n{found:?}");
+}

@@ -1,6 +1,7 @@
 //! The binary from end to end, on the quickstart's model and data.
 
 mod adapters;
+mod devices;
 mod exporting;
 mod inputs;
 mod inspecting;

@@ -35,6 +35,8 @@ pub(crate) enum Command {
     Quantize(QuantizeArgs),
     /// Add an adapter to its base and write the dense model
     Merge(MergeArgs),
+    /// List what this build can compute on, and what `device: auto` takes
+    Devices(DevicesArgs),
     /// Check, show and document recipes
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -51,16 +53,35 @@ pub(crate) struct RecipeArgs {
     pub(crate) overrides: Vec<String>,
 }
 
+/// Where to compute.
+#[derive(Debug, Args)]
+pub(crate) struct DeviceArgs {
+    /// Compute here instead of on the recipe's `device`: auto, or one that `emberlora devices` lists
+    #[arg(long, value_name = "DEVICE")]
+    pub(crate) device: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DevicesArgs {
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct TrainArgs {
     #[command(flatten)]
     pub(crate) recipe: RecipeArgs,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct EvalArgs {
     #[command(flatten)]
     pub(crate) recipe: RecipeArgs,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
     /// A PEFT adapter directory; without it the base model is evaluated (with the recipe's `adapter.init_from`)
     #[arg(long, value_name = "DIR")]
     pub(crate) adapter: Option<PathBuf>,
@@ -80,6 +101,8 @@ pub(crate) struct GenerateArgs {
     /// Values that override the recipe's; they stand before `--chat`
     #[arg(value_name = "KEY.PATH=VALUE")]
     pub(crate) overrides: Vec<String>,
+    #[command(flatten)]
+    pub(crate) device: DeviceArgs,
     /// A PEFT adapter directory; without it the base model writes (with the recipe's `adapter.init_from`)
     #[arg(long, value_name = "DIR")]
     pub(crate) adapter: Option<PathBuf>,

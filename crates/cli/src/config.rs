@@ -2,12 +2,19 @@
 
 use std::io::Write;
 
-use crate::args::{ConfigCommand, RecipeArgs};
+use crate::args::{ConfigCommand, DeviceArgs, RecipeArgs};
 use emberlora_config::{ConfigError, RunConfig};
 
 /// Reads a recipe with its overrides; everything that is wrong with it is in the one error.
 pub(crate) fn load(args: &RecipeArgs) -> Result<RunConfig, ConfigError> {
     RunConfig::load(&args.recipe, &args.overrides)
+}
+
+/// As [`load`], for a command that computes: `--device` has the last word on where.
+pub(crate) fn load_on(args: &RecipeArgs, device: &DeviceArgs) -> Result<RunConfig, ConfigError> {
+    let mut overrides = args.overrides.clone();
+    overrides.extend(device.device.iter().map(|device| format!("device={device}")));
+    RunConfig::load(&args.recipe, &overrides)
 }
 
 /// Runs `emberlora config …`.

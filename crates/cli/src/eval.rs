@@ -7,13 +7,13 @@ use emberlora_data::{Batch, DataOptions};
 use emberlora_train::{AdapterChoice, Base, LoadedModel, evaluate};
 
 use crate::args::EvalArgs;
-use crate::config;
 use crate::exit::WrongInput;
 use crate::terminal::Terminal;
+use crate::{config, devices};
 
 /// Runs `emberlora eval`.
 pub(crate) fn run(args: &EvalArgs, terminal: &Terminal, out: &mut dyn Write) -> anyhow::Result<()> {
-    let mut config = config::load(&args.recipe)?;
+    let mut config = config::load_on(&args.recipe, &args.device)?;
     if let Some(path) = &args.data {
         config.data.eval = vec![DataSource { path: path.clone(), format: config.data.format, weight: 1.0 }];
     }
@@ -25,6 +25,7 @@ pub(crate) fn run(args: &EvalArgs, terminal: &Terminal, out: &mut dyn Write) -> 
     let rows = base.dataset(DataOptions::eval(&config), terminal, "eval")?;
     let choice = args.adapter.as_deref().map_or(AdapterChoice::Start, AdapterChoice::Saved);
     let loaded = LoadedModel::load(&config, &base, choice)?;
+    devices::announce(&loaded.device, terminal);
     loaded.check_vocabulary(rows.documents())?;
 
     let batches: Vec<Batch> = rows.batches(config.seed, 0).collect();

@@ -12,12 +12,12 @@ use emberlora_train::{AdapterChoice, Base, LoadedModel};
 use crate::args::{GenerateArgs, RecipeArgs};
 use crate::exit::WrongInput;
 use crate::terminal::Terminal;
-use crate::{config, stop};
+use crate::{config, devices, stop};
 
 /// Runs `emberlora generate`.
 pub(crate) fn run(args: &GenerateArgs, terminal: &Terminal, out: &mut dyn Write) -> anyhow::Result<()> {
     let recipe = RecipeArgs { recipe: args.recipe.clone(), overrides: args.overrides.clone() };
-    let config = config::load(&recipe)?;
+    let config = config::load_on(&recipe, &args.device)?;
     let base = Base::resolve(&config, terminal)?;
     for setting in unapplied_settings(&base.dir)? {
         tracing::warn!("{}: {setting} is not applied", base.dir.join("generation_config.json").display());
@@ -26,6 +26,7 @@ pub(crate) fn run(args: &GenerateArgs, terminal: &Terminal, out: &mut dyn Write)
     let template = args.input.chat.as_ref().map(|_| template(&config, &base.tokenizer)).transpose()?;
     let choice = args.adapter.as_deref().map_or(AdapterChoice::Start, AdapterChoice::Saved);
     let loaded = LoadedModel::load(&config, &base, choice)?;
+    devices::announce(&loaded.device, terminal);
 
     let options = SamplingOptions {
         temperature: args.temperature,

@@ -8,6 +8,7 @@
 
 mod args;
 mod config;
+mod devices;
 mod eval;
 mod exit;
 mod generate;
@@ -54,6 +55,7 @@ fn run(cli: &Cli, terminal: &Terminal, out: &mut dyn Write) -> anyhow::Result<u8
         Command::Inspect(args) => inspect::run(args, terminal, out)?,
         Command::Quantize(args) => quantize::run(args, terminal, out)?,
         Command::Merge(args) => return merge::run(args, terminal, out),
+        Command::Devices(args) => devices::run(args, out)?,
         Command::Config(command) => config::run(command, out)?,
     }
     Ok(0)

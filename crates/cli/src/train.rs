@@ -14,11 +14,11 @@ use crate::exit::INTERRUPTED;
 use crate::progress::TrainProgress;
 use crate::sample::Sample;
 use crate::terminal::Terminal;
-use crate::{config, interrupt};
+use crate::{config, devices, interrupt};
 
 /// Runs `emberlora train` and answers the exit code.
 pub(crate) fn run(args: &TrainArgs, terminal: &Terminal, out: &mut dyn Write) -> anyhow::Result<u8> {
-    let config = config::load(&args.recipe)?;
+    let config = config::load_on(&args.recipe, &args.device)?;
     let mut run = Run::prepare(&config, terminal)?;
     describe(&run, terminal);
 
@@ -38,6 +38,7 @@ pub(crate) fn run(args: &TrainArgs, terminal: &Terminal, out: &mut dyn Write) ->
 /// What is about to be trained, on what.
 fn describe(run: &Run, terminal: &Terminal) {
     let model = &run.model;
+    devices::announce(&model.device, terminal);
     terminal.say(format!(
         "model {}: {} parameters on {}, computing in {}",
         run.config.model.source,

@@ -37,9 +37,11 @@ section! {
         /// Branch, tag or commit on the hub. Pinned to the commit in the `config.yaml` of a run; a local directory
         /// has no revision.
         revision: String = value("main".to_owned()) => text();
-        /// How the frozen weights are stored in memory; `auto` keeps the format of the files.
+        /// How the frozen weights are stored in memory; `auto` keeps the format of the files, or f32 on a device that does
+        /// not have both bf16 and f16. A format that the device lacks is an error.
         dtype: Dtype = value(Dtype::Auto) => choice();
-        /// Format of activations; `auto` is `f32` on a CPU.
+        /// Format of activations; `auto` is `bf16` on a GPU that has it, else `f32`. Adapters, optimizer state and loss are
+        /// f32 whatever it is. A format that the device lacks is an error.
         compute_dtype: Dtype = value(Dtype::Auto) => choice();
         /// How attention is computed. `sdpa` and `flash_attention_2`, the names used by transformers, mean `fused`.
         attention: Attention = value(Attention::Fused) => choice();

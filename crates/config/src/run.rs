@@ -32,8 +32,9 @@ section! {
         train: TrainSection = nested() => section();
         /// Directory that the run writes to: `config.yaml`, `metrics.jsonl`, `adapter/`.
         output: PathBuf = computed("runs/<name of the recipe file>", |name| PathBuf::from("runs").join(name)) => path();
-        /// Where tensors live. `auto` is the first of flex, cuda, wgpu and ndarray that is compiled in; `wgpu:1` and
-        /// `cuda:0` pick one of several GPUs. A backend that is not compiled in is an error that says how to get it.
+        /// Where tensors live, among what `emberlora devices` lists. `auto` is the first CUDA device, else the first wgpu
+        /// adapter with a GPU behind it, else flex; never a software adapter and never ndarray. `wgpu:1` and `cuda:0` pick
+        /// one of several. What is not compiled in or not found is an error that says which feature or driver is missing.
         device: DeviceChoice = value(DeviceChoice::Auto) => DeviceSpec;
         /// Every random number of the run follows from it.
         seed: u64 = value(42) => whole();

@@ -1,10 +1,10 @@
-//! What the process has needed so far: memory and time.
+//! What the process has needed so far, memory and time, and what the machine has.
 
 /// The largest resident set the process has had, in bytes: `VmHWM` of `/proc/self/status`.
 ///
 /// `None` where the system has no such file (anything but Linux).
 pub fn peak_memory_bytes() -> Option<u64> {
-    parse_high_water_mark(&std::fs::read_to_string("/proc/self/status").ok()?)
+    parse_kibibytes(&std::fs::read_to_string("/proc/self/status").ok()?, "VmHWM:")
 }
 
 /// How long ago the process started, in seconds: what `/proc/uptime` says less the start time in `/proc/self/stat`, both
@@ -17,8 +17,20 @@ pub(crate) fn seconds_since_start() -> Option<f64> {
     Some((up - parse_start(&read("/proc/self/stat")?)?).max(0.0))
 }
 
-fn parse_high_water_mark(status: &str) -> Option<u64> {
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+/// The memory of the machine, in bytes: `MemTotal` of `/proc/meminfo`. `None` on anything but Linux.
+pub(crate) fn total_memory_bytes() -> Option<u64> {
+    parse_kibibytes(&std::fs::read_to_string("/proc/meminfo").ok()?, "MemTotal:")
+}
+
+/// What the processor calls itself: `model name` of `/proc/cpuinfo`. `None` where the system does not say.
+pub(crate) fn processor_name() -> Option<String> {
+    let info = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let name = info.lines().find_map(|line| line.strip_prefix("model name"))?.trim_start();
+    Some(name.strip_prefix(':')?.trim().to_owned())
+}
+
+fn parse_kibibytes(text: &str, key: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(key))?;
     let kibibytes: u64 = line.split_whitespace().next()?.parse().ok()?;
     Some(kibibytes * 1024)
 }
@@ -37,9 +49,9 @@ mod tests {
 
     #[test]
     fn the_high_water_mark_is_read_in_bytes() {
-        assert_eq!(parse_high_water_mark("Name:\tx\nVmHWM:\t    2048 kB\nVmRSS:\t 1 kB\n"), Some(2048 * 1024));
-        assert_eq!(parse_high_water_mark("Name:\tx\n"), None);
-        assert_eq!(parse_high_water_mark("VmHWM: lots\n"), None);
+        assert_eq!(parse_kibibytes("Name:\tx\nVmHWM:\t    2048 kB\nVmRSS:\t 1 kB\n", "VmHWM:"), Some(2048 * 1024));
+        assert_eq!(parse_kibibytes("Name:\tx\n", "VmHWM:"), None);
+        assert_eq!(parse_kibibytes("VmHWM: lots\n", "VmHWM:"), None);
     }
 
     #[test]

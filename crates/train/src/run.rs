@@ -83,7 +83,7 @@ impl Run {
         let config = resolved(config, &base, &model, &train.report, eval.as_ref().map(|data| &data.report));
         let provenance = Provenance {
             versions: Versions::default(),
-            device: device::name(&chosen.choice),
+            device: chosen.choice.to_string(),
             seed: *seed,
             model: ModelProvenance {
                 source: model_section.source.clone(),

@@ -158,7 +158,8 @@ section! {
         eval_every: Option<usize> = value(None) => optional(whole().at_least(1));
         /// Write the adapter every this many steps; `null` writes it at the end.
         save_every: Option<usize> = value(None) => optional(whole().at_least(1));
-        /// Print a line every this many steps; `metrics.jsonl` has every step.
+        /// Print a line every this many steps; `metrics.jsonl` has every step. Losses and norms are read from the device no
+        /// more often, so that it never waits in between, and where an adapter is written or evaluated.
         log_every: usize = value(1) => whole().at_least(1);
     }
     check check_steps;

@@ -12,6 +12,8 @@
 //!
 //! Deliberately absent: files, model families, the state of an optimizer, the recipe.
 
+#![cfg_attr(feature = "ndarray", expect(deprecated, reason = "ndarray is served as long as Burn has it"))]
+
 mod activation;
 mod adamw;
 mod attention;

@@ -10,7 +10,12 @@ use proptest::prelude::*;
 use support::*;
 
 fn step(update: i32) -> AdamWStep {
-    AdamWStep { learning_rate: 0.1, betas: [0.9, 0.99], eps: 1e-3, weight_decay: 0.2, gradient_factor: 1.0, update }
+    AdamWStep { learning_rate: 0.1, betas: [0.9, 0.99], eps: 1e-3, weight_decay: 0.2, update }
+}
+
+/// A gradient that is not clipped.
+fn whole(device: &Device) -> Tensor<1> {
+    row(&[1.0], device)
 }
 
 fn row(values: &[f32], device: &Device) -> Tensor<1> {
@@ -30,7 +35,7 @@ fn three_updates_give_what_pytorch_gives() {
     let mut state = (row(&[1.0, -2.0, 0.25, 3.0], &device), [row(&[0.0; 4], &device), row(&[0.0; 4], &device)]);
     for (update, factor) in [1.0f32, -2.0, 0.5].into_iter().enumerate() {
         let (p, moments) = state;
-        state = adamw(p, row(&g.map(|g| g * factor), &device), moments, step(update as i32 + 1));
+        state = adamw(p, row(&g.map(|g| g * factor), &device), moments, whole(&device), step(update as i32 + 1));
         for (found, expected) in values(&state.0).iter().zip(TORCH[update]) {
             assert!((found - expected).abs() < 3e-7, "update {}: {found}, expected {expected}", update + 1);
         }
@@ -52,7 +57,7 @@ fn the_cpu_changes_parameter_and_moments_where_they_lie() {
             [random(), random(), random(), random().abs()].map(|t| t.try_into_primitive::<Flex>().unwrap());
         let place = |t: &FlexTensor| t.storage::<f32>().as_ptr();
         let places = [&p, &m, &v].map(place);
-        let (p, m, v) = Flex::adamw(p, g, m, v, step(1));
+        let (p, m, v) = Flex::adamw(p, g, m, v, raw(&whole(&device)), step(1));
         assert_eq!([&p, &m, &v].map(place), places);
     }
 }
@@ -62,9 +67,27 @@ fn a_parameter_that_somebody_else_holds_keeps_its_value_there() {
     let device = Device::flex();
     let p = row(&[1.0, 2.0], &device);
     let zeros = || row(&[0.0; 2], &device);
-    let (updated, _) = adamw(p.clone(), row(&[1.0, 1.0], &device), [zeros(), zeros()], step(1));
+    let (updated, _) = adamw(p.clone(), row(&[1.0, 1.0], &device), [zeros(), zeros()], whole(&device), step(1));
     assert_eq!(values(&p), [1.0, 2.0]);
     assert_ne!(values(&updated), [1.0, 2.0]);
+}
+
+#[test]
+fn a_negative_factor_leaves_everything_as_it_is() {
+    let device = Device::flex();
+    for gradient in [1.0, f32::NAN, f32::INFINITY] {
+        let (p, g) = (row(&[1.0, 2.0], &device), row(&[gradient, 1.0], &device));
+        let (m, v) = (row(&[0.5, -0.5], &device), row(&[0.25, 0.5], &device));
+        let arguments = || (raw(&p), raw(&g), raw(&m), raw(&v), raw(&row(&[-1.0], &device)));
+        let (a, b, c, d, e) = arguments();
+        let own = Flex::adamw(a, b, c, d, e, step(1));
+        let (a, b, c, d, e) = arguments();
+        let default = reference::adamw::adamw::<Flex>(a, b, c, d, e, step(1));
+        for found in [own, default] {
+            let found = [found.0, found.1, found.2].map(|t| values(&Tensor::<1>::from_primitive::<Flex>(t)));
+            assert_eq!(found, [values(&p), values(&m), values(&v)]);
+        }
+    }
 }
 
 #[test]
@@ -90,17 +113,17 @@ proptest! {
         update in 1i32..1000,
         learning_rate in 1e-6f64..0.1,
         weight_decay in 0.0f64..1.0,
-        gradient_factor in 0.01f64..=1.0,
+        gradient_factor in 0.01f32..=1.0,
     ) {
         let device = Device::flex();
         device.seed(seed);
-        let step = AdamWStep { learning_rate, weight_decay, gradient_factor, ..step(update) };
+        let (step, factor) = (AdamWStep { learning_rate, weight_decay, ..step(update) }, row(&[gradient_factor], &device));
         let [p, g, m] = [(); 3].map(|()| normal([n, 3], 1.0, &device));
         // A transposed view has its elements in another order than its storage.
         let g = g.reshape([3, n]).transpose();
         let v = normal([n, 3], 1.0, &device).square();
-        let expected = reference::adamw::adamw::<Flex>(raw(&p), raw(&g), raw(&m), raw(&v), step);
-        let (found, moments) = adamw(p.clone(), g, [m, v], step);
+        let expected = reference::adamw::adamw::<Flex>(raw(&p), raw(&g), raw(&m), raw(&v), raw(&factor), step);
+        let (found, moments) = adamw(p.clone(), g, [m, v], factor, step);
         let wrap = |t: FlexTensor| Tensor::<2>::from_primitive::<Flex>(t);
         prop_assert!(relative(&wrap(expected.0), &found) < 1e-6);
         prop_assert!(relative(&wrap(expected.1), &moments[0]) < 1e-6);

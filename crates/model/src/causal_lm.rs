@@ -1,7 +1,7 @@
 //! The whole model: embedding, blocks, final norm and head.
 
 use burn::module::{Module, Param};
-use burn::tensor::{DType, Device, Int, Tensor, TensorData, activation};
+use burn::tensor::{DType, Device, Int, Tensor, activation};
 use emberlora_kernels::checkpoint::checkpoint;
 use emberlora_kernels::{AttentionKind, linear_cross_entropy, rms_norm};
 use emberlora_lora::{LoraLinear, Pass, Projections};
@@ -11,7 +11,8 @@ use crate::block::{Block, Context};
 use crate::cache::KvCache;
 use crate::checkpointing::Checkpointing;
 use crate::config::ModelConfig;
-use crate::input::{Input, InputError, signed};
+use crate::input::{Input, InputError};
+use crate::labelled::{Labelled, Labels, indices, weights_of};
 use crate::rope::Rope;
 
 /// A decoder-only language model whose weights are frozen and whose projections can carry adapters.
@@ -104,9 +105,7 @@ impl CausalLm {
         positions: &[u32],
         ends: &[u32],
     ) -> Result<Input, InputError> {
-        let input = Input::new(rows, seq, ids, positions, ends, &self.device())?;
-        input.check(self.settings.config.vocab_size)?;
-        Ok(input)
+        self.uploader().input(rows, seq, ids, positions, ends)
     }
 
     /// Hidden states behind the final norm.
@@ -121,9 +120,9 @@ impl CausalLm {
     }
 
     /// Hidden states behind the final norm, `[rows, seq, E]`; only those of `rows`, `[1, rows, E]`, where there are any.
-    fn blocks(&self, input: &Input, rows: Option<&[u32]>, pass: &Pass) -> Tensor<3> {
+    fn blocks(&self, input: &Input, rows: Option<Tensor<1, Int>>, pass: &Pass) -> Tensor<3> {
         let context = self.context(input, pass);
-        let last = Context { rows: rows.map(|rows| self.indices(rows)), ..context.clone() };
+        let last = Context { rows, ..context.clone() };
         let layers = self.layers.len();
         let size = self.settings.checkpointing.group(layers);
         let mut x = self.embed(input);
@@ -160,43 +159,19 @@ impl CausalLm {
         self.lm_head.forward(hidden, pass).cast(DType::F32)
     }
 
-    /// `Σ weight · −log p(token)` over the labelled positions, in f32, `[1]`.
-    ///
-    /// `positions[i]` is the flat index `row * seq + column` of the hidden state that predicts `tokens[i]`; a position
-    /// may predict several tokens. Only labelled rows go through what follows the attention of the last block, unless it
-    /// takes activations in 8 bits.
-    ///
-    /// # Errors
-    /// Lists of different lengths, a position outside the input, or a token outside the vocabulary.
+    /// `Σ weight · −log p(token)` over the labels, in f32, `[1]`. Only labelled rows go through what follows the attention
+    /// of the last block, unless it takes activations in 8 bits.
     ///
     /// # Panics
-    /// When an id is outside the vocabulary; [`input`](Self::input) refuses such an input.
-    pub fn loss_of(
-        &self,
-        input: &Input,
-        positions: &[u32],
-        tokens: &[u32],
-        weights: &[f32],
-        pass: &Pass,
-    ) -> Result<Tensor<1>, InputError> {
-        let [rows, seq] = input.dims();
-        self.check_labels([rows, seq], positions, tokens, weights)?;
-        let mut labelled = positions.to_vec();
-        labelled.sort_unstable();
-        labelled.dedup();
-        let few = labelled.len() as f64 <= SELECTED_UP_TO * (rows * seq) as f64;
-        if labelled.is_empty() || !few || self.rows_depend_on_each_other() {
-            return self.loss(self.hidden(input, pass), positions, tokens, weights, pass);
-        }
-        let hidden = self.blocks(input, Some(&labelled), pass);
-        let place = |position: &u32| labelled.partition_point(|labelled| labelled < position) as u32;
-        let places: Vec<u32> = positions.iter().map(place).collect();
-        self.loss(hidden, &places, tokens, weights, pass)
+    /// When the batch was not made with this model's [`uploader`](Self::uploader).
+    pub fn loss_of(&self, batch: &Labelled, pass: &Pass) -> Tensor<1> {
+        let hidden = self.blocks(&batch.input, batch.selected.clone(), pass);
+        self.weighted_loss(hidden, batch.places.clone(), batch.targets.clone(), batch.weights.clone(), pass)
     }
 
     /// Whether leaving rows out of the last block would change the others: with activations in 8 bits, a column is an
     /// outlier in all rows when it is one in any.
-    fn rows_depend_on_each_other(&self) -> bool {
+    pub(crate) fn rows_depend_on_each_other(&self) -> bool {
         let projections = self.layers.last().into_iter().flat_map(Block::projections);
         projections.map(|(_, linear)| linear).any(|linear| linear.weight.quantises_activations())
     }
@@ -216,53 +191,38 @@ impl CausalLm {
         weights: &[f32],
         pass: &Pass,
     ) -> Result<Tensor<1>, InputError> {
-        let [rows, seq, width] = hidden.dims();
-        self.check_labels([rows, seq], positions, tokens, weights)?;
-        let labels = positions.len();
+        let [rows, seq, _] = hidden.dims();
+        Labels { positions, tokens, weights }.check([rows, seq], self.settings.config.vocab_size)?;
+        let (device, in_order) = (self.device(), positions.iter().copied().eq(0..(rows * seq) as u32));
+        let places = (!in_order).then(|| indices(positions, &device));
+        Ok(self.weighted_loss(hidden, places, indices(tokens, &device), weights_of(weights, &device), pass))
+    }
+
+    /// `places` are the flat indices of the hidden states that predict `targets`, one each; `None` for all in order.
+    fn weighted_loss(
+        &self,
+        hidden: Tensor<3>,
+        places: Option<Tensor<1, Int>>,
+        targets: Tensor<1, Int>,
+        weights: Tensor<1>,
+        pass: &Pass,
+    ) -> Tensor<1> {
+        let ([rows, seq, width], [labels]) = (hidden.dims(), targets.dims());
         if labels == 0 {
             // A sum over nothing that can still be differentiated.
-            return Ok(hidden.slice([0..1, 0..1, 0..1]).reshape([1]).cast(DType::F32).mul_scalar(0.0));
+            return hidden.slice([0..1, 0..1, 0..1]).reshape([1]).cast(DType::F32).mul_scalar(0.0);
         }
-
         let hidden = hidden.reshape([rows * seq, width]);
-        let in_order = positions.iter().copied().eq(0..(rows * seq) as u32);
-        let hidden = if in_order { hidden } else { hidden.select(0, self.indices(positions)) };
-        let weights = TensorData::new(weights.to_vec(), [labels]);
-        let weights = Tensor::<1>::from_data(weights, (&self.device(), DType::F32));
-        let targets = self.indices(tokens);
+        let hidden = match places {
+            Some(places) => hidden.select(0, places),
+            None => hidden,
+        };
         if (self.lm_head.adapter.is_none() || !pass.adapters) && !self.lm_head.weight.quantises_activations() {
-            return Ok(linear_cross_entropy(hidden, self.lm_head.weight.frozen(), targets, weights));
+            return linear_cross_entropy(hidden, self.lm_head.weight.frozen(), targets, weights);
         }
         let logits = self.lm_head.forward(hidden, pass).cast(DType::F32);
         let log_probabilities = activation::log_softmax(logits, 1).gather(1, targets.unsqueeze_dim(1));
-        Ok((log_probabilities.reshape([labels]) * weights).sum().neg())
-    }
-
-    fn check_labels(
-        &self,
-        [rows, seq]: [usize; 2],
-        positions: &[u32],
-        tokens: &[u32],
-        weights: &[f32],
-    ) -> Result<(), InputError> {
-        let labels = positions.len();
-        for (list, found) in [("tokens", tokens.len()), ("weights", weights.len())] {
-            if found != labels {
-                return Err(InputError::Labels { list, found, labels });
-            }
-        }
-        if let Some(&position) = positions.iter().find(|&&position| position as usize >= rows * seq) {
-            return Err(InputError::Position { position, rows, seq });
-        }
-        let vocab_size = self.settings.config.vocab_size;
-        match tokens.iter().find(|&&id| id as usize >= vocab_size) {
-            Some(&id) => Err(InputError::Vocabulary { id, vocab_size }),
-            None => Ok(()),
-        }
-    }
-
-    fn indices(&self, values: &[u32]) -> Tensor<1, Int> {
-        Tensor::from_data(TensorData::new(signed(values), [values.len()]), &self.device())
+        (log_probabilities.reshape([labels]) * weights).sum().neg()
     }
 
     fn embed(&self, input: &Input) -> Tensor<3> {
@@ -279,23 +239,11 @@ impl CausalLm {
 
     /// The tables are made here once for all blocks.
     fn context(&self, input: &Input, pass: &Pass) -> Context {
-        let shape = [input.host.rows, input.host.seq, self.settings.rope.half()];
-        let (cos, sin) = self.settings.rope.tables(&input.host.positions, input.host.documents());
-        let device = self.device();
-        let table = |values: Vec<f32>| Tensor::from_data(TensorData::new(values, shape), (&device, DType::F32));
-        Context {
-            cos: table(cos),
-            sin: table(sin),
-            spans: input.spans.clone(),
-            rows: None,
-            attention: self.settings.attention,
-            pass: *pass,
-        }
+        let tables = input.tables.clone();
+        let [cos, sin] = tables.unwrap_or_else(|| input.rotary_tables(&self.settings.rope, &self.device()));
+        Context { cos, sin, spans: input.spans.clone(), rows: None, attention: self.settings.attention, pass: *pass }
     }
 }
-
-/// The share of labelled rows up to which selecting them costs less than it saves.
-const SELECTED_UP_TO: f64 = 0.9;
 
 const HEAD: &str = "lm_head";
 

@@ -1,6 +1,8 @@
 //! What a forward pass reads: token ids, positions, and which tokens see which.
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+
+use crate::rope::Rope;
 
 /// A rectangle of tokens, possibly with several documents packed into a row, which may share what they begin with.
 #[derive(Clone, Debug)]
@@ -8,6 +10,8 @@ pub struct Input {
     pub(crate) ids: Tensor<2, Int>,
     /// `[rows, cached + seq, 2]`: the end and the position of every token that is there.
     pub(crate) spans: Tensor<3, Int>,
+    /// Cosines and sines for the positions, where they have been made.
+    pub(crate) tables: Option<[Tensor<3>; 2]>,
     pub(crate) host: HostInput,
 }
 
@@ -197,8 +201,16 @@ impl Input {
         Self {
             ids: Tensor::from_data(TensorData::new(signed(ids), [rows, seq]), &device),
             spans: Tensor::from_data(TensorData::new(signed(&spans), [rows, cached + seq, 2]), &device),
+            tables: None,
             host,
         }
+    }
+
+    /// Cosines and sines of every position's angles, `[rows, seq, R/2]` in f32, on `device`.
+    pub(crate) fn rotary_tables(&self, rope: &Rope, device: &Device) -> [Tensor<3>; 2] {
+        let shape = [self.host.rows, self.host.seq, rope.half()];
+        let (cos, sin) = rope.tables(&self.host.positions, self.host.documents());
+        [cos, sin].map(|values| Tensor::from_data(TensorData::new(values, shape), (device, DType::F32)))
     }
 
     /// `[rows, seq]`.

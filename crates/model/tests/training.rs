@@ -200,7 +200,8 @@ fn only_labelled_rows_change_neither_loss_nor_gradients() {
         let loss = model.loss(hidden, &positions, &tokens, &weights, &Pass::eval()).unwrap();
         let want = gradients(&model, &loss);
         let check = |model: &CausalLm| {
-            let selected = model.loss_of(&input, &positions, &tokens, &weights, &Pass::eval()).unwrap();
+            let labels = emberlora_model::Labels { positions: &positions, tokens: &tokens, weights: &weights };
+            let selected = model.loss_of(&model.uploader().label(input.clone(), labels).unwrap(), &Pass::eval());
             let got = gradients(model, &selected);
             assert_close(&[selected.into_scalar()], &[loss.clone().into_scalar()], 1e-5, family);
             assert_close(&got, &want, 1e-5, family);

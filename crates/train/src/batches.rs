@@ -3,8 +3,10 @@
 use std::sync::mpsc::SyncSender;
 
 use emberlora_data::{Batch, Dataset};
+use emberlora_model::Uploader;
 
 use crate::TrainError;
+use crate::upload::Uploaded;
 
 /// Batches, epoch by epoch. A run lays them out on a thread of their own.
 pub trait Batches: Sync {
@@ -44,15 +46,20 @@ impl Batches for Vec<Batch> {
 }
 
 /// The micro-batches of one optimizer step.
-#[derive(Debug)]
 pub(crate) struct Group {
-    pub batches: Vec<Batch>,
+    pub uploaded: Uploaded,
     /// Passes over the data, these batches included.
     pub epochs: f64,
 }
 
-/// Sends the groups of all epochs in their order, until nobody takes them any more or an epoch has none.
-pub(crate) fn lay_out(train: &dyn Batches, grad_accumulation: usize, groups: &SyncSender<Result<Group, TrainError>>) {
+/// Brings the groups of all epochs to the device and sends them in their order, until nobody takes them any more, an epoch
+/// has none or the model cannot read one.
+pub(crate) fn lay_out(
+    train: &dyn Batches,
+    grad_accumulation: usize,
+    uploader: &Uploader,
+    groups: &SyncSender<Result<Group, TrainError>>,
+) {
     for epoch in 0.. {
         let mut batches = train.epoch(epoch);
         let count = batches.len();
@@ -64,7 +71,9 @@ pub(crate) fn lay_out(train: &dyn Batches, grad_accumulation: usize, groups: &Sy
         while batches.len() > 0 {
             let group: Vec<Batch> = batches.by_ref().take(grad_accumulation).collect();
             let epochs = epoch as f64 + (count - batches.len()) as f64 / count as f64;
-            if groups.send(Ok(Group { batches: group, epochs })).is_err() {
+            let group = Uploaded::new(uploader, &group).map(|uploaded| Group { uploaded, epochs });
+            let failed = group.is_err();
+            if groups.send(group).is_err() || failed {
                 return;
             }
         }

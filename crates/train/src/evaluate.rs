@@ -5,13 +5,18 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use burn::module::Module;
+use burn::tensor::Tensor;
 use emberlora_data::Batch;
 use emberlora_lora::Pass;
 use emberlora_model::CausalLm;
 use serde::Serialize;
 
 use crate::TrainError;
-use crate::state::{read, rows, summed_loss};
+use crate::state::{read, rows};
+use crate::upload::upload;
+
+/// Losses of this many batches are read from the device at one time.
+const READ_TOGETHER: usize = 16;
 
 /// Loss over a set of batches, every trained token counting the same.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -48,21 +53,35 @@ pub(crate) fn evaluate_until<B: Borrow<Batch>>(
     let start = Instant::now();
     // Off the autodiff device nothing is recorded.
     let model = model.valid();
+    let uploader = model.uploader();
     let (mut sum, mut tokens) = (0.0, 0);
-    for batch in batches {
-        let batch = batch.borrow();
-        if interrupt.load(Ordering::Relaxed) {
-            return Ok(None);
+    let mut batches = batches.into_iter();
+    loop {
+        let mut unread = Vec::with_capacity(READ_TOGETHER);
+        for batch in batches.by_ref() {
+            if interrupt.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+            if !batch.borrow().targets.is_empty() {
+                let loss = model.loss_of(&upload(&uploader, batch.borrow(), 1.0)?, &Pass::eval());
+                unread.push((batch, loss));
+            }
+            if unread.len() == READ_TOGETHER {
+                break;
+            }
         }
-        if batch.targets.is_empty() {
-            continue;
+        if unread.is_empty() {
+            break;
         }
-        let loss: f64 = read(summed_loss(&model, batch, 1.0, &Pass::eval())?)?.into_iter().sum();
-        if !loss.is_finite() {
-            return Err(TrainError::EvaluationNotFinite { value: loss, rows: rows([batch]) });
+        let losses = read(Tensor::cat(unread.iter().map(|(_, loss)| loss.clone()).collect(), 0))?;
+        for ((batch, _), loss) in unread.iter().zip(losses) {
+            let batch = batch.borrow();
+            if !loss.is_finite() {
+                return Err(TrainError::EvaluationNotFinite { value: loss, rows: rows(&batch.documents) });
+            }
+            sum += loss;
+            tokens += batch.trained_tokens();
         }
-        sum += loss;
-        tokens += batch.trained_tokens();
     }
     if tokens == 0 {
         return Err(TrainError::NothingToEvaluate);

@@ -11,7 +11,7 @@
 //! | measure a model | [`evaluate`] |
 //! | see how far a merged model is from its adapter | [`Comparing`] |
 //! | load a model and its adapter as a recipe says | [`Base`], [`LoadedModel`] |
-//! | open a device by name | [`device::choose`] |
+//! | open a device by name, list those that there are | [`device::choose`], [`device::found`] |
 
 mod adapter;
 mod batches;
@@ -32,6 +32,7 @@ mod run;
 mod schedule;
 mod state;
 mod trainer;
+mod upload;
 
 pub use adapter::{AdapterChoice, AttachedAdapter, lora_options};
 pub use batches::{Batches, Seeded};

@@ -1,6 +1,6 @@
 //! AdamW over the adapters of a model, in place, and the way back from its last update.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
 use burn::module::{Param, ParamId};
 use burn::optim::GradientsParams;
@@ -25,7 +25,9 @@ pub struct AdamW {
 pub(crate) struct Optimizer {
     constants: AdamW,
     moments: HashMap<ParamId, Moments>,
-    before: Before,
+    /// How to get back to before each of the last updates, and the steps that had been taken then: of those whose
+    /// outcome nobody has seen yet, and of one more.
+    before: VecDeque<(usize, Before)>,
 }
 
 /// What is kept of one parameter, f32, outside of autodiff.
@@ -38,8 +40,6 @@ struct Moments {
 
 /// How to get back to the parameters before the last update.
 enum Before {
-    /// There was none.
-    Same,
     /// By computing: the steps of the parameters that it changed.
     Computed(HashMap<ParamId, AdamWStep>),
     /// From copies, after an update that went so far that computing would not bring the parameters back.
@@ -48,19 +48,20 @@ enum Before {
 
 impl Optimizer {
     pub fn new(constants: AdamW) -> Self {
-        Self { constants, moments: HashMap::new(), before: Before::Same }
+        Self { constants, moments: HashMap::new(), before: VecDeque::new() }
     }
 
-    /// Updates every adapter of `model` that has a gradient, which is multiplied by `gradient_factor` first.
+    /// Updates every adapter of `model` that has a gradient, which is multiplied by `gradient_factor` first; see
+    /// [`adamw`]. `steps` have been taken before.
     pub fn update(
         &mut self,
         model: &mut impl Projections,
         mut grads: GradientsParams,
         learning_rate: f64,
-        gradient_factor: f64,
+        gradient_factor: &Tensor<1>,
+        steps: usize,
     ) {
-        // Before anything changes, so that of two sets of copies only one exists at a time.
-        self.before = match self.constants.can_be_undone(learning_rate) {
+        let mut before = match self.constants.can_be_undone(learning_rate) {
             true => Before::Computed(HashMap::new()),
             false => Before::Copied(HashMap::new()),
         };
@@ -73,22 +74,34 @@ impl Optimizer {
             });
             let AdamW { betas, eps, weight_decay } = self.constants;
             let update = updates.saturating_add(1);
-            let step = AdamWStep { learning_rate, betas, eps, weight_decay, gradient_factor, update };
-            match &mut self.before {
+            let step = AdamWStep { learning_rate, betas, eps, weight_decay, update };
+            match &mut before {
                 Before::Computed(steps) => drop(steps.insert(id, step)),
                 Before::Copied(params) => drop(params.insert(id, param.clone())),
-                Before::Same => {}
             }
-            let (param, values) = adamw(param, grad, values, step);
+            let (param, values) = adamw(param, grad, values, gradient_factor.clone(), step);
             self.moments.insert(id, Moments { values, updates: update });
             param
         });
+        self.before.push_back((steps, before));
     }
 
-    /// Brings the adapters back to before the last update. The moments stay, so this is where training ends.
-    pub fn undo(&mut self, model: &mut impl Projections) {
-        match std::mem::replace(&mut self.before, Before::Same) {
-            Before::Same => {}
+    /// The outcomes of all updates are known: there will be no way back from any but the last.
+    pub fn settle(&mut self) {
+        self.before.drain(..self.before.len().saturating_sub(1));
+    }
+
+    /// The last `count` updates had a negative factor, so there is nothing to take back.
+    pub fn forget(&mut self, count: usize) {
+        self.before.truncate(self.before.len().saturating_sub(count));
+    }
+
+    /// Brings the adapters back to before the last update and answers how many steps had been taken then; `None` where
+    /// there is no way back. The moments stay, so this is where training ends.
+    pub fn undo(&mut self, model: &mut impl Projections) -> Option<usize> {
+        let (steps, before) = self.before.pop_back()?;
+        self.before.clear();
+        match before {
             Before::Computed(mut steps) => {
                 for_each_factor(model, |id, param| match steps.remove(&id).zip(self.moments.get(&id)) {
                     Some((step, moments)) => undo_adamw(param, moments.values.clone(), step),
@@ -97,6 +110,7 @@ impl Optimizer {
             }
             Before::Copied(mut params) => for_each_factor(model, |id, param| params.remove(&id).unwrap_or(param)),
         }
+        Some(steps)
     }
 }
 

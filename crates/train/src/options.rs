@@ -37,7 +37,8 @@ pub struct TrainOptions {
     pub eval_every: Option<usize>,
     /// Write the adapter every this many steps, and always at the end.
     pub save_every: Option<usize>,
-    /// Mark every this many steps for the console, and always the first and the last one.
+    /// Mark every this many steps for the console, and always the first and the last one; losses and norms are read from
+    /// the device no more often, but where an adapter is written or evaluated.
     pub log_every: usize,
     /// Seed of the dropout masks.
     pub seed: u64,

@@ -4,12 +4,13 @@ use std::time::Instant;
 
 use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{DType, Tensor};
-use emberlora_data::{Batch, Target};
+use emberlora_data::{Batch, RowRef};
 use emberlora_lora::Pass;
-use emberlora_model::CausalLm;
+use emberlora_model::{CausalLm, Uploader};
 
 use crate::gradients;
 use crate::optimizer::{AdamW, Optimizer};
+use crate::upload::{MicroBatch, Uploaded};
 use crate::{LrSchedule, Quantity, Rows, TrainError};
 
 /// A model under training: its parameters, the optimizer's moments and the place in the schedule.
@@ -17,13 +18,31 @@ use crate::{LrSchedule, Quantity, Rows, TrainError};
 /// This is the lower level of the library: [`TrainState::step`] takes exactly the batches it is given.
 pub struct TrainState {
     model: CausalLm,
+    uploader: Uploader,
     optimizer: Optimizer,
     schedule: LrSchedule,
     max_grad_norm: Option<f64>,
     seed: u64,
     steps: usize,
-    /// The steps before the last update.
-    good_steps: usize,
+    /// What the last gradient was multiplied by; negative once a step was not finite.
+    factor: Option<Tensor<1>>,
+    unread: Vec<Unread>,
+    reads: usize,
+}
+
+/// A step that was taken and whose loss and gradient norm are still on the device.
+struct Unread {
+    /// The steps before it.
+    before: usize,
+    /// The losses of its micro-batches, the square of the gradient norm, and the factor on the gradient.
+    numbers: Tensor<1>,
+    /// Where the documents of each micro-batch with trained tokens came from.
+    sources: Vec<Vec<RowRef>>,
+    lr: f64,
+    tokens: usize,
+    trained_tokens: usize,
+    /// What the host spent on it.
+    seconds: f64,
 }
 
 /// Loss and gradient of one optimizer step, still on the device.
@@ -38,6 +57,8 @@ pub struct StepGradients {
 /// What one optimizer step did.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepOutcome {
+    /// The step, counted from 1.
+    pub step: usize,
     /// Mean loss over the step's trained tokens, in nats.
     pub loss: f64,
     /// The learning rate that was used.
@@ -48,7 +69,7 @@ pub struct StepOutcome {
     pub tokens: usize,
     /// Labels, each as often as documents have it.
     pub trained_tokens: usize,
-    /// Wall-clock time.
+    /// Wall-clock time: what the host spent on the step, and its part of the wait for what was read together.
     pub seconds: f64,
 }
 
@@ -67,7 +88,9 @@ impl TrainState {
         if gradients::trainable_parameters(&model) == 0 {
             return Err(TrainError::NothingToTrain);
         }
-        Ok(Self { model, optimizer: Optimizer::new(optimizer), schedule, max_grad_norm, seed, steps: 0, good_steps: 0 })
+        let optimizer = Optimizer::new(optimizer);
+        let (uploader, factor, unread) = (model.uploader(), None, Vec::new());
+        Ok(Self { model, uploader, optimizer, schedule, max_grad_norm, seed, steps: 0, factor, unread, reads: 0 })
     }
 
     /// The model as it is now.
@@ -80,10 +103,9 @@ impl TrainState {
     ///
     /// No second copy of the adapters is kept for this: the last update is undone by computing, which brings a parameter
     /// back to about 10⁻⁷ of the larger of itself and 1. Only an update that could have gone too far for that, with a
-    /// learning rate above about 0.1, keeps a copy, and brings back the parameters as they were.
+    /// learning rate above about 0.1, keeps a copy until its outcome is read, and brings back the parameters as they were.
     pub fn restore_last_good(&mut self) {
-        self.optimizer.undo(&mut self.model);
-        self.steps = self.good_steps;
+        self.steps = self.optimizer.undo(&mut self.model).unwrap_or(self.steps);
     }
 
     /// Ends training and hands the model back.
@@ -96,34 +118,105 @@ impl TrainState {
         self.steps
     }
 
-    /// Takes one optimizer step over `micro_batches`.
+    /// How often losses and norms have been read from the device, which is how often the host has waited for it.
+    pub fn reads(&self) -> usize {
+        self.reads
+    }
+
+    /// Takes one optimizer step over `micro_batches` and waits for what comes of it.
     ///
     /// The loss is the mean over all their trained tokens, so it does not matter how tokens are spread over
     /// micro-batches. Without any trained token the answer is `None`: parameters and moments stay as they are, and the
     /// step still counts for the schedule.
     ///
     /// # Errors
-    /// [`TrainError::NotFinite`] before anything is updated; [`TrainError::Input`], [`TrainError::Device`].
+    /// [`TrainError::NotFinite`] with nothing updated; [`TrainError::Input`], [`TrainError::Device`].
     pub fn step(&mut self, micro_batches: &[Batch]) -> Result<Option<StepOutcome>, TrainError> {
-        let start = Instant::now();
-        let lr = self.schedule.lr(self.steps);
-        let Some(StepGradients { losses, grads }) = self.gradients(micro_batches)? else {
-            self.steps += 1;
+        if !self.enqueue(micro_batches)? {
             return Ok(None);
-        };
-        let (loss, grad_norm) = self.read(losses, &grads, micro_batches)?;
-        let factor = gradients::clip_factor(grad_norm, self.max_grad_norm);
-        self.optimizer.update(&mut self.model, grads, lr, factor);
-        self.good_steps = self.steps;
+        }
+        let mut outcomes = Vec::new();
+        self.read_into(&mut outcomes)?;
+        Ok(outcomes.pop())
+    }
+
+    /// Takes one optimizer step without waiting for the device: gradient, norm, clipping and update are told to it one
+    /// after the other, and what comes of them is for [`TrainState::read_into`] to say. Answers whether there was a
+    /// trained token.
+    ///
+    /// A step whose loss or gradient is not finite changes nothing, and neither does any step after it.
+    ///
+    /// # Errors
+    /// [`TrainError::Input`].
+    pub fn enqueue(&mut self, micro_batches: &[Batch]) -> Result<bool, TrainError> {
+        let uploaded = Uploaded::new(&self.uploader, micro_batches)?;
+        Ok(self.enqueue_uploaded(uploaded))
+    }
+
+    /// What brings micro-batches to this model's device.
+    pub(crate) fn uploader(&self) -> Uploader {
+        self.uploader.clone()
+    }
+
+    /// As [`TrainState::enqueue`], with micro-batches that are on the device already.
+    pub(crate) fn enqueue_uploaded(&mut self, uploaded: Uploaded) -> bool {
+        let start = Instant::now();
+        let (before, lr) = (self.steps, self.schedule.lr(self.steps));
+        let gradients = self.gradients_of(&uploaded);
         self.steps += 1;
-        Ok(Some(StepOutcome {
-            loss,
+        let Some(StepGradients { losses, grads }) = gradients else { return false };
+        let squared_norm = gradients::squared_norm(&self.model, &grads).unwrap_or_else(|| losses.zeros_like().sum());
+        let factor = gradients::factor(&losses, &squared_norm, self.max_grad_norm, self.factor.as_ref());
+        self.optimizer.update(&mut self.model, grads, lr, &factor, before);
+        self.unread.push(Unread {
+            before,
+            numbers: Tensor::cat(vec![losses, squared_norm, factor.clone()], 0),
+            sources: uploaded.micro_batches.into_iter().map(|micro_batch| micro_batch.sources).collect(),
             lr,
-            grad_norm,
-            tokens: micro_batches.iter().map(|batch| batch.tokens).sum(),
-            trained_tokens: trained_tokens(micro_batches),
+            tokens: uploaded.tokens,
+            trained_tokens: uploaded.trained_tokens,
             seconds: start.elapsed().as_secs_f64(),
-        }))
+        });
+        self.factor = Some(factor);
+        true
+    }
+
+    /// Reads what came of the steps since the last call, in one transfer, and adds it to `outcomes` in their order.
+    ///
+    /// # Errors
+    /// [`TrainError::NotFinite`] for the first step whose loss or gradient is not finite, with the outcomes of those
+    /// before it added; [`TrainError::Device`].
+    pub fn read_into(&mut self, outcomes: &mut Vec<StepOutcome>) -> Result<(), TrainError> {
+        let unread = std::mem::take(&mut self.unread);
+        if unread.is_empty() {
+            return Ok(());
+        }
+        let start = Instant::now();
+        self.reads += 1;
+        let numbers = read(Tensor::cat(unread.iter().map(|step| step.numbers.clone()).collect(), 0))?;
+        let waited = start.elapsed().as_secs_f64() / unread.len() as f64;
+        let mut numbers = numbers.into_iter();
+        for (place, step) in unread.iter().enumerate() {
+            let losses: Vec<f64> = numbers.by_ref().take(step.sources.len()).collect();
+            // Cat in `enqueue`: every step has both.
+            let (norm, factor) = (numbers.next().unwrap_or_default().sqrt(), numbers.next().unwrap_or_default());
+            if factor < 0.0 {
+                self.optimizer.forget(unread.len() - place);
+                self.steps = step.before;
+                return Err(step.not_finite(&losses, norm));
+            }
+            outcomes.push(StepOutcome {
+                step: step.before + 1,
+                loss: losses.iter().sum(),
+                lr: step.lr,
+                grad_norm: norm,
+                tokens: step.tokens,
+                trained_tokens: step.trained_tokens,
+                seconds: step.seconds + waited,
+            });
+        }
+        self.optimizer.settle();
+        Ok(())
     }
 
     /// Loss and gradient of `micro_batches` at the current parameters. `None` without any trained token.
@@ -134,60 +227,38 @@ impl TrainState {
     /// # Errors
     /// [`TrainError::Input`].
     pub fn gradients(&self, micro_batches: &[Batch]) -> Result<Option<StepGradients>, TrainError> {
-        let weight = 1.0 / trained_tokens(micro_batches) as f32;
-        let mut losses = Vec::with_capacity(micro_batches.len());
+        Ok(self.gradients_of(&Uploaded::new(&self.uploader, micro_batches)?))
+    }
+
+    fn gradients_of(&self, uploaded: &Uploaded) -> Option<StepGradients> {
+        let mut losses = Vec::with_capacity(uploaded.micro_batches.len());
         let mut sum = GradientsAccumulator::new();
-        for (index, batch) in micro_batches.iter().enumerate() {
+        for MicroBatch { index, batch, sources: _ } in &uploaded.micro_batches {
             // Step and index in one number; neither comes near 2^32.
-            let pass = Pass::train(self.seed, (self.steps as u64) << 32 | index as u64);
-            if batch.targets.is_empty() {
-                continue;
-            }
-            let loss = summed_loss(&self.model, batch, weight, &pass)?;
+            let pass = Pass::train(self.seed, (self.steps as u64) << 32 | index);
+            let loss = self.model.loss_of(batch, &pass);
             losses.push(loss.clone().inner());
             sum.accumulate(&self.model, GradientsParams::from_grads(loss.backward(), &self.model));
         }
-        Ok((!losses.is_empty()).then(|| StepGradients { losses: Tensor::cat(losses, 0), grads: sum.grads() }))
-    }
-
-    /// Reads loss and gradient norm from the device, in one transfer, and refuses what is not finite.
-    fn read(&self, losses: Tensor<1>, grads: &GradientsParams, batches: &[Batch]) -> Result<(f64, f64), TrainError> {
-        let count = losses.dims()[0];
-        let numbers = match gradients::squared_norms(&self.model, grads) {
-            Some(squares) => read(Tensor::cat(vec![losses, squares], 0))?,
-            None => read(losses)?,
-        };
-        let (losses, squares) = numbers.split_at(count);
-        let norm = squares.iter().sum::<f64>().sqrt();
-        let trained = batches.iter().filter(|batch| !batch.targets.is_empty());
-        let broken = losses.iter().zip(trained).find(|(loss, _)| !loss.is_finite());
-        let (quantity, value, rows) = match broken {
-            Some((&loss, batch)) => (Quantity::Loss, loss, rows([batch])),
-            None if !norm.is_finite() => (Quantity::GradientNorm, norm, rows(batches)),
-            None => return Ok((losses.iter().sum(), norm)),
-        };
-        Err(TrainError::NotFinite { step: self.steps + 1, quantity, value, rows })
+        (!losses.is_empty()).then(|| StepGradients { losses: Tensor::cat(losses, 0), grads: sum.grads() })
     }
 }
 
-fn trained_tokens(batches: &[Batch]) -> usize {
-    batches.iter().map(Batch::trained_tokens).sum()
+impl Unread {
+    /// The first loss that is not finite, else the norm.
+    fn not_finite(&self, losses: &[f64], norm: f64) -> TrainError {
+        let broken = losses.iter().zip(&self.sources).find(|(loss, _)| !loss.is_finite());
+        let (quantity, value, sources) = match broken {
+            Some((&loss, sources)) => (Quantity::Loss, loss, std::slice::from_ref(sources)),
+            None => (Quantity::GradientNorm, norm, &self.sources[..]),
+        };
+        TrainError::NotFinite { step: self.before + 1, quantity, value, rows: rows(sources.iter().flatten()) }
+    }
 }
 
-/// The loss of a batch, each trained token weighing `weight`: f32, `[1]`.
-pub(crate) fn summed_loss(model: &CausalLm, batch: &Batch, weight: f32, pass: &Pass) -> Result<Tensor<1>, TrainError> {
-    let failed = |source| TrainError::Input { rows: rows([batch]), source };
-    let of_targets = |f: fn(&Target) -> u32| batch.targets.iter().map(f).collect::<Vec<u32>>();
-    let (positions, tokens) = (of_targets(|target| target.position), of_targets(|target| target.token));
-    let weights: Vec<f32> = batch.targets.iter().map(|target| weight * target.weight as f32).collect();
-    let input = model.input(batch.rows, batch.seq, &batch.ids, &batch.positions, &batch.ends).map_err(failed)?;
-    model.loss_of(&input, &positions, &tokens, &weights, pass).map_err(failed)
-}
-
-/// Where the documents of some batches came from.
-pub(crate) fn rows<'a>(batches: impl IntoIterator<Item = &'a Batch>) -> Rows {
-    let documents = batches.into_iter().flat_map(|batch| &batch.documents);
-    Rows(documents.map(|row| row.to_string()).collect())
+/// Where some documents came from.
+pub(crate) fn rows<'a>(sources: impl IntoIterator<Item = &'a RowRef>) -> Rows {
+    Rows(sources.into_iter().map(ToString::to_string).collect())
 }
 
 /// Reads a vector back from the device.

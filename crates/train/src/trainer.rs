@@ -125,6 +125,7 @@ impl<'a> Trainer<'a> {
             tokens: 0,
             eval: [None, None],
             saved: None,
+            pending: Vec::new(),
         };
         match self.train_to_the_end(&mut run) {
             Ok(summary) => Ok(Trained { model: self.state.into_model(), summary }),
@@ -135,11 +136,11 @@ impl<'a> Trainer<'a> {
     fn train_to_the_end(&mut self, run: &mut Running<'_, '_>) -> Result<Summary, TrainError> {
         run.tell(Event::RunStarted(self.plan.clone()))?;
         self.evaluate(run, 0.0)?;
-        let (train, grad_accumulation) = (self.train, self.options.grad_accumulation);
+        let (train, grad_accumulation, uploader) = (self.train, self.options.grad_accumulation, self.state.uploader());
         thread::scope(|scope| {
-            // While one group is trained, the next waits and the one behind it is being laid out.
+            // While one group is trained, the next waits on the device and the one behind it is being laid out.
             let (sender, groups) = sync_channel(1);
-            scope.spawn(move || lay_out(train, grad_accumulation, &sender));
+            scope.spawn(move || lay_out(train, grad_accumulation, &uploader, &sender));
             self.steps(run, groups)
         })
     }
@@ -152,19 +153,26 @@ impl<'a> Trainer<'a> {
     ) -> Result<Summary, TrainError> {
         loop {
             if run.interrupted() {
+                self.catch_up(run)?;
                 return self.stop(run);
             }
-            let started = run.process_age.map(|age| age + run.start.elapsed().as_secs_f64());
-            let Group { batches, epochs } = groups.recv().expect("the thread that lays out batches panicked")?;
-            match self.state.step(&batches)? {
-                Some(outcome) => run.step(self.metrics(outcome, epochs, started))?,
-                None => run.tell(Event::Skipped { step: self.state.steps(), rows: rows(&batches).0 })?,
-            }
+            let started_seconds = run.process_age.map(|age| age + run.start.elapsed().as_secs_f64());
+            let Group { uploaded, epochs } = groups.recv().expect("the thread that lays out batches panicked")?;
+            let sources = uploaded.sources.clone();
+            run.pending.push(match self.state.enqueue_uploaded(uploaded) {
+                true => Pending::Step { epoch: epochs, started_seconds, peak_memory_bytes: peak_memory_bytes() },
+                false => Pending::Skipped { step: self.state.steps(), rows: rows(&sources).0 },
+            });
             let finished = self.finished();
-            if finished || self.due(self.options.save_every) {
+            let [save, evaluate] = [self.options.save_every, self.options.eval_every].map(|every| self.due(every));
+            // Where the run waits for the device anyway, and no more often than it prints a line.
+            if finished || save || evaluate || self.due(Some(self.options.log_every)) {
+                self.catch_up(run)?;
+            }
+            if finished || save {
                 self.save(run)?;
             }
-            if finished || self.due(self.options.eval_every) {
+            if finished || evaluate {
                 self.evaluate(run, epochs)?;
             }
             if finished {
@@ -172,6 +180,26 @@ impl<'a> Trainer<'a> {
                 return if run.interrupted() { self.stop(run) } else { self.finish(run) };
             }
         }
+    }
+
+    /// Reads what came of the steps since the last time and tells it.
+    fn catch_up(&mut self, run: &mut Running<'_, '_>) -> Result<(), TrainError> {
+        let mut outcomes = Vec::new();
+        let read = self.state.read_into(&mut outcomes);
+        let (mut outcomes, mut told) = (outcomes.into_iter(), Ok(()));
+        for pending in std::mem::take(&mut run.pending) {
+            let event = match pending {
+                Pending::Skipped { step, rows } => run.tell(Event::Skipped { step, rows }),
+                Pending::Step { epoch, started_seconds, peak_memory_bytes } => {
+                    // Behind a step that is not finite there are no more.
+                    let Some(outcome) = outcomes.next() else { break };
+                    run.step(self.metrics(outcome, epoch, started_seconds, peak_memory_bytes))
+                }
+            };
+            // These steps have been taken, so each is told even where a listener fails.
+            told = told.and(event);
+        }
+        read.and(told)
     }
 
     fn finish(&self, run: &mut Running<'_, '_>) -> Result<Summary, TrainError> {
@@ -191,6 +219,11 @@ impl<'a> Trainer<'a> {
 
     /// Writes the adapter, as far as it is good and not written yet, and answers why the run ends.
     fn broken(&mut self, run: &mut Running<'_, '_>, error: TrainError) -> TrainError {
+        // What the steps before it came to belongs to the record, and may be the reason to end.
+        let error = match self.catch_up(run) {
+            Err(reason @ TrainError::NotFinite { .. }) => reason,
+            _ => error,
+        };
         let step = self.state.steps();
         if matches!(error, TrainError::NotFinite { .. } | TrainError::EvaluationNotFinite { .. }) {
             self.state.restore_last_good();
@@ -220,9 +253,14 @@ impl<'a> Trainer<'a> {
         every.is_some_and(|every| self.state.steps().is_multiple_of(every))
     }
 
-    fn metrics(&self, outcome: StepOutcome, epoch: f64, started_seconds: Option<f64>) -> StepMetrics {
-        let StepOutcome { loss, lr, grad_norm, tokens, trained_tokens, seconds } = outcome;
-        let step = self.state.steps();
+    fn metrics(
+        &self,
+        outcome: StepOutcome,
+        epoch: f64,
+        started_seconds: Option<f64>,
+        peak_memory_bytes: Option<u64>,
+    ) -> StepMetrics {
+        let StepOutcome { step, loss, lr, grad_norm, tokens, trained_tokens, seconds } = outcome;
         StepMetrics {
             step,
             epoch,
@@ -234,8 +272,8 @@ impl<'a> Trainer<'a> {
             tokens_per_second: tokens as f64 / seconds,
             step_seconds: seconds,
             started_seconds,
-            peak_memory_bytes: peak_memory_bytes(),
-            log: step == 1 || self.finished() || self.due(Some(self.options.log_every)),
+            peak_memory_bytes,
+            log: step == 1 || step == self.plan.total_steps || step.is_multiple_of(self.options.log_every),
         }
     }
 
@@ -267,6 +305,14 @@ struct Running<'r, 'l> {
     eval: [Option<Evaluation>; 2],
     /// The step whose adapter was written last.
     saved: Option<usize>,
+    /// What has been done and not been told yet.
+    pending: Vec<Pending>,
+}
+
+/// A step between its beginning and the time when its outcome is read.
+enum Pending {
+    Step { epoch: f64, started_seconds: Option<f64>, peak_memory_bytes: Option<u64> },
+    Skipped { step: usize, rows: Vec<String> },
 }
 
 impl Running<'_, '_> {

@@ -7,7 +7,7 @@ use common::{batch, factors, model, options, rows};
 use emberlora_data::Batch;
 use emberlora_lora::Projections;
 use emberlora_model::CausalLm;
-use emberlora_train::{AdamW, TrainError, TrainOptions, TrainState};
+use emberlora_train::{AdamW, StepOutcome, TrainError, TrainOptions, TrainState};
 
 #[test]
 fn a_micro_batch_without_a_trained_token_changes_nothing() {
@@ -86,6 +86,27 @@ fn a_token_outside_the_vocabulary_is_an_error_that_names_the_row() {
     let mut state = TrainState::new(model(0.0), options(1).optimizer, options(1).schedule(1), None, 1).unwrap();
     let error = state.step(&[wrong]).unwrap_err().to_string();
     assert!(error.contains("rows.jsonl:8") && error.contains("96"), "{error}");
+}
+
+#[test]
+fn steps_that_are_read_together_wait_for_the_device_once() {
+    let start = || TrainState::new(model(0.2), options(9).optimizer, options(9).schedule(9), Some(0.1), 3).unwrap();
+    let (mut together, mut apart) = (start(), start());
+    let mut outcomes = Vec::new();
+    for _ in 0..5 {
+        assert!(together.enqueue(&rows(0..2)).unwrap());
+    }
+    assert_eq!(together.reads(), 0);
+    together.read_into(&mut outcomes).unwrap();
+    together.read_into(&mut outcomes).unwrap();
+    assert_eq!(together.reads(), 1);
+    let expected: Vec<_> = (0..5).map(|_| apart.step(&rows(0..2)).unwrap().unwrap()).collect();
+    assert_eq!(apart.reads(), 5);
+    assert_eq!(outcomes.len(), 5);
+    for (found, expected) in outcomes.into_iter().zip(expected) {
+        assert_eq!(StepOutcome { seconds: 0.0, ..found }, StepOutcome { seconds: 0.0, ..expected });
+    }
+    assert_eq!(factors(together.model()), factors(apart.model()));
 }
 
 /// Where the numbers of every A and B lie.

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::ThreadId;
 
 use common::{batch, document, factors, lora, model, options, rows, shorthand};
+use emberlora_config::Warmup;
 use emberlora_data::Batch;
 use emberlora_lora::peft;
 use emberlora_train::{
@@ -115,6 +116,36 @@ fn log_every_marks_the_first_the_last_and_every_nth_step() {
         })
         .collect();
     assert_eq!(marked, [1, 3, 6, 8]);
+}
+
+#[test]
+fn steps_are_told_in_their_order_when_they_are_read_together() {
+    let train = vec![batch(1, 12, 4), batch(2, 12, 12), batch(3, 12, 4)];
+    let together = run(train.clone(), None, TrainOptions { log_every: 4, ..options(7) });
+    assert_eq!(together.order(), "start/7 step/1 skip/2 step/3 step/4 skip/5 step/6 step/7 save/7 finish/7");
+    assert_eq!(together.losses(), run(train, None, options(7)).losses());
+}
+
+#[test]
+fn a_loss_that_is_not_finite_among_steps_read_together_ends_the_run_as_if_it_had_been_seen_at_once() {
+    // The second update throws the parameters away, the third step sees it, and four more are taken before it is read.
+    let run = |log_every| {
+        let options = TrainOptions {
+            learning_rate: 1e30,
+            warmup: Warmup::Steps(1),
+            max_grad_norm: None,
+            log_every,
+            ..options(10)
+        };
+        let ran = run(rows(1..5), None, options);
+        let saved = peft::load(&ran.dir.path().join("adapter")).unwrap();
+        let saved: Vec<Vec<f32>> = saved.tensors.into_values().map(|tensor| tensor.values).collect();
+        (ran.order(), ran.result.unwrap_err().to_string(), saved)
+    };
+    let at_once = run(1);
+    assert_eq!(at_once.0, "start/10 step/1 step/2 save/1 stop/2/NotFinite");
+    assert!(at_once.1.starts_with("step 3: the loss is "), "{}", at_once.1);
+    assert_eq!(run(7), at_once);
 }
 
 #[test]

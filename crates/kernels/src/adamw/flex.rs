@@ -13,8 +13,8 @@ use crate::simd::{lane_sum, vectorised};
 const CHUNK: usize = 1 << 14;
 
 vectorised! {
-    fn update(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], factors: Factors) {
-        let Factors { gradient, first: [b1, rest1], second: [b2, rest2], decay, rate, root, eps } = factors;
+    fn update(p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], gradient: f32, factors: Factors) {
+        let Factors { first: [b1, rest1], second: [b2, rest2], decay, rate, root, eps } = factors;
         let n = p.len();
         let (g, m, v) = (&g[..n], &mut m[..n], &mut v[..n]);
         for i in 0..n {
@@ -38,22 +38,27 @@ impl AdamWOps for Flex {
         grad: FlexTensor,
         first: FlexTensor,
         second: FlexTensor,
+        factor: FlexTensor,
         step: AdamWStep,
     ) -> (FlexTensor, FlexTensor, FlexTensor) {
-        if [&param, &grad, &first, &second].iter().any(|t| t.dtype() != DType::F32) {
-            return generic::adamw::<Self>(param, grad, first, second, step);
+        if [&param, &grad, &first, &second, &factor].iter().any(|t| t.dtype() != DType::F32) {
+            return generic::adamw::<Self>(param, grad, first, second, factor, step);
+        }
+        let gradient = Rows::of(&factor).values()[0];
+        if gradient < 0.0 {
+            return (param, first, second);
         }
         let (grad, factors) = (Rows::of(&grad), step.factors());
         let [mut param, mut first, mut second] = [param, first, second].map(in_order);
         let (p, g, m, v) = (values(&mut param), grad.values(), values(&mut first), values(&mut second));
         if p.len() <= CHUNK {
-            update(p, g, m, v, factors);
+            update(p, g, m, v, gradient, factors);
         } else {
             p.par_chunks_mut(CHUNK)
                 .zip(g.par_chunks(CHUNK))
                 .zip(m.par_chunks_mut(CHUNK))
                 .zip(v.par_chunks_mut(CHUNK))
-                .for_each(|(((p, g), m), v)| update(p, g, m, v, factors));
+                .for_each(|(((p, g), m), v)| update(p, g, m, v, gradient, factors));
         }
         (param, first, second)
     }

@@ -24,8 +24,6 @@ pub struct AdamWStep {
     pub eps: f64,
     /// λ, the decoupled weight decay.
     pub weight_decay: f64,
-    /// c, what the gradient is multiplied by first: below 1 where its norm is clipped.
-    pub gradient_factor: f64,
     /// t, the number of this update of the parameter, counted from 1.
     pub update: i32,
 }
@@ -33,8 +31,6 @@ pub struct AdamWStep {
 /// [`AdamWStep`] as the bodies use it: computed in f64 and rounded once.
 #[derive(Clone, Copy, Debug)]
 pub struct Factors {
-    /// c.
-    pub gradient: f32,
     /// β₁ and 1 − β₁.
     pub first: [f32; 2],
     /// β₂ and 1 − β₂.
@@ -54,7 +50,6 @@ impl AdamWStep {
     pub fn factors(&self) -> Factors {
         let [first, second] = self.betas;
         Factors {
-            gradient: self.gradient_factor as f32,
             first: [first as f32, (1.0 - first) as f32],
             second: [second as f32, (1.0 - second) as f32],
             decay: (1.0 - self.learning_rate * self.weight_decay) as f32,
@@ -78,9 +73,10 @@ pub trait AdamWOps: Backend {
         grad: FloatTensor<Self>,
         first: FloatTensor<Self>,
         second: FloatTensor<Self>,
+        factor: FloatTensor<Self>,
         step: AdamWStep,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        generic::adamw::<Self>(param, grad, first, second, step)
+        generic::adamw::<Self>(param, grad, first, second, factor, step)
     }
 
     /// Σ x², f32, `[1]`.
@@ -95,25 +91,34 @@ plain_backends!(AdamWOps);
 ///
 /// m ← β₁ m + (1 − β₁) c g, v ← β₂ v + (1 − β₂) (c g)², p ← (1 − ηλ) p − η / (1 − β₁ᵗ) · m / (√(v / (1 − β₂ᵗ)) + ε)
 ///
+/// c, what the gradient is multiplied by, is read where it lies, so that it may still be being computed. Where it is
+/// negative nothing changes: that is how a step which must not happen is taken back before anybody has seen it.
+///
 /// On the CPU all three are changed where they lie, in one pass, when nobody else has a handle on them.
 ///
 /// # Shapes
-/// * all: one and the same; f32, outside of autodiff
+/// * `gradient_factor`: `[1]`
+/// * the others: one and the same
+///
+/// All are f32, outside of autodiff.
 pub fn adamw<const D: usize>(
     param: Tensor<D>,
     grad: Tensor<D>,
     [first, second]: [Tensor<D>; 2],
+    gradient_factor: Tensor<1>,
     step: AdamWStep,
 ) -> (Tensor<D>, [Tensor<D>; 2]) {
     let shape = param.dims();
     for (name, found) in [("gradient", grad.dims()), ("first moment", first.dims()), ("second moment", second.dims())] {
         assert_eq!(found, shape, "adamw: parameter and {name} differ in shape");
     }
+    assert_eq!(gradient_factor.dims(), [1], "adamw: there is one factor for the whole gradient");
     let (param, first, second) = <Dispatch as AdamWOps>::adamw(
         param.into_dispatch(),
         grad.into_dispatch(),
         first.into_dispatch(),
         second.into_dispatch(),
+        gradient_factor.into_dispatch(),
         step,
     );
     (Tensor::from_dispatch(param), [first, second].map(Tensor::from_dispatch))

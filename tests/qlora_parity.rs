@@ -3,18 +3,11 @@
 mod parity;
 
 use burn::tensor::Device;
-use emberlora::model::{AttentionKind, CausalLm, Checkpointing, LoadOptions, QuantizationOptions};
-use emberlora::quant::{BlockSize, FloatDtype, Scheme};
+use emberlora::model::{AttentionKind, CausalLm, Checkpointing, LoadOptions};
+use emberlora::quant::FloatDtype;
 use parity::{Case, QuantizationCase, Tolerances, device, fixtures, follow, read_case, with_adapter};
 
 const FAMILIES: [&str; 2] = ["llama", "qwen2"];
-
-impl QuantizationCase {
-    fn options(&self) -> QuantizationOptions {
-        let scheme = Scheme::new(self.kind.parse().unwrap(), BlockSize::default(), self.double_quant);
-        QuantizationOptions::new(scheme, vec!["lm_head".to_owned()], self.threshold)
-    }
-}
 
 /// The family's dense model, packed while it is loaded.
 fn packed(family: &str, case: &Case, device: &Device) -> CausalLm {

@@ -12,7 +12,8 @@ use burn::optim::GradientsParams;
 use burn::tensor::{Device, Int, Tensor};
 use emberlora::data::{Batch, Document, RowRef};
 use emberlora::lora::{Exclude, LoraOptions, Projections, Targets, peft};
-use emberlora::model::CausalLm;
+use emberlora::model::{CausalLm, QuantizationOptions};
+use emberlora::quant::{BlockSize, Scheme};
 use emberlora::train::{AdamW, Decay, LrSchedule, StepGradients, TrainState};
 use safetensors::SafeTensors;
 use serde::Deserialize;
@@ -83,6 +84,13 @@ pub struct MicroBatch {
     labels: Vec<Vec<i64>>,
 }
 
+impl QuantizationCase {
+    pub fn options(&self) -> QuantizationOptions {
+        let scheme = Scheme::new(self.kind.parse().unwrap(), BlockSize::default(), self.double_quant);
+        QuantizationOptions::new(scheme, vec!["lm_head".to_owned()], self.threshold)
+    }
+}
+
 impl Lora {
     pub fn options(&self) -> LoraOptions {
         LoraOptions {
@@ -115,7 +123,7 @@ impl MicroBatch {
         .collect()
     }
 
-    fn batch(&self) -> Batch {
+    pub fn batch(&self) -> Batch {
         batch_of(&self.documents())
     }
 }
@@ -159,7 +167,7 @@ pub fn batch_of(documents: &[Document]) -> Batch {
 
 pub type Tensors = BTreeMap<String, Vec<f32>>;
 
-fn read_tensors(path: &Path) -> Tensors {
+pub fn read_tensors(path: &Path) -> Tensors {
     let bytes = fs::read(path).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     let numbers = |data: &[u8]| data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
@@ -210,11 +218,11 @@ fn frozen_bits(model: &CausalLm) -> Vec<Vec<u8>> {
     frozen.0
 }
 
-fn largest(values: &[f32]) -> f64 {
+pub fn largest(values: &[f32]) -> f64 {
     values.iter().fold(0.0, |most, value| most.max(f64::from(value.abs())))
 }
 
-fn largest_difference(a: &[f32], b: &[f32]) -> f64 {
+pub fn largest_difference(a: &[f32], b: &[f32]) -> f64 {
     assert_eq!(a.len(), b.len());
     // `max` alone would pass over what is not a number.
     let differences = a.iter().zip(b).map(|(a, b)| f64::from((a - b).abs()));

@@ -20,6 +20,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use burn::tensor::Device;
 use clap::{Parser, ValueEnum};
 use emberlora::data::{Batch, Document, RowRef};
+use emberlora::kernels::keep_freed_memory;
 use emberlora::lora::{LoraOptions, attach, peft};
 use emberlora::model::{AttentionKind, CausalLm, Checkpointing, LoadOptions, QuantizationOptions};
 use emberlora::quant::{BlockSize, FloatDtype, QuantKind, Scheme};
@@ -72,6 +73,7 @@ enum Weights {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let start = Instant::now();
+    keep_freed_memory();
     let args = Args::parse();
     if args.steps < 2 || args.seq < 2 {
         return Err("--steps and --seq are at least 2".into());

@@ -32,6 +32,7 @@ use crate::terminal::Terminal;
 
 /// Runs the command that the process's arguments ask for.
 pub fn main() -> ExitCode {
+    emberlora_kernels::keep_freed_memory();
     let cli = Cli::parse();
     let terminal = Terminal::new();
     terminal.install_logging();

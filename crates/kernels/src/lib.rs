@@ -25,6 +25,7 @@ mod flex;
 #[cfg(feature = "flex")]
 mod gemm;
 mod linear;
+mod memory;
 mod norm;
 pub mod rng;
 mod rope;
@@ -43,6 +44,7 @@ pub use linear::{
     AdapterPath, Dropout, Group, Input, LinearBodies, LinearGrads, LinearOps, LowRank, Optional, Projected, Projection,
     ProjectionAdapter, Prologue, frozen_linear, lora_linear, project,
 };
+pub use memory::keep_freed_memory;
 pub use norm::{NormOps, rms_norm};
 pub use rope::{RopeOps, rope};
 pub use weight::{

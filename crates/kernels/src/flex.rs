@@ -99,6 +99,12 @@ impl Rows {
         self.values().par_chunks_exact(self.width)
     }
 
+    /// The values to be changed: where they lie if nothing else holds them, else in a copy.
+    pub fn values_mut(&mut self) -> &mut [f32] {
+        let first = self.tensor.layout().start_offset();
+        &mut self.tensor.storage_mut::<f32>()[first..][..self.len]
+    }
+
     /// The tensor, contiguous.
     pub fn tensor(&self) -> FlexTensor {
         self.tensor.clone()

@@ -26,6 +26,26 @@ macro_rules! vectorised {
 }
 pub(crate) use vectorised;
 
+/// Asks the processor for the cache lines of `values[first..first + count]`, as far as there are any.
+#[inline(always)]
+pub(crate) fn prefetch<T>(values: &[T], first: usize, count: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(part) = values.get(first..values.len().min(first + count)) {
+        const LINE: usize = 64;
+        let bytes = part.as_ptr_range();
+        let (start, end) = (bytes.start.cast::<i8>(), bytes.end.cast::<i8>());
+        let misalignment = start.addr() % LINE;
+        for offset in (0..misalignment + size_of_val(part)).step_by(LINE) {
+            let line = start.wrapping_sub(misalignment).wrapping_add(offset);
+            debug_assert!(line < end);
+            // SAFETY: a prefetch changes nothing that a program can observe, whatever the address is.
+            unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line) };
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (values, first, count);
+}
+
 /// Independent partial sums, so that a reduction is not one chain of additions; two AVX2 registers wide.
 const LANES: usize = 16;
 

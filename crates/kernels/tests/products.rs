@@ -93,7 +93,8 @@ fn groups_of_projections() {
     let device = device();
     let k = 48;
     let normed = Prologue::Normed { weight: raw(&normal([k], 1.0, &device)), eps: 1e-5 };
-    for (prologue, columns) in [(Prologue::Plain, k), (normed, k), (Prologue::Gated(Gate::Silu), 2 * k)] {
+    let gated = [Gate::Silu, Gate::Gelu, Gate::GeluTanh].map(|gate| (Prologue::Gated(gate), 2 * k));
+    for (prologue, columns) in [(Prologue::Plain, k), (normed, k)].into_iter().chain(gated) {
         for rows in [1, 3, 34] {
             let x = normal([rows, columns], 1.0, &device);
             for widths in [&[80][..], &[33, 70], &[24, 8, 16]] {
@@ -118,8 +119,7 @@ fn weights_of_many_tiles() {
 fn formats_without_a_body_of_their_own_take_the_default_one() {
     let device = device();
     let x = normal([9, 32], 1.0, &device);
-    let all = projections(16, &[8], DType::F32, None, false, &device);
-    check(&x, &Prologue::Gated(Gate::GeluTanh), &all, false);
+    check(&x, &Prologue::Plain, &projections(32, &[8], DType::F64, None, false, &device), false);
 }
 
 #[test]

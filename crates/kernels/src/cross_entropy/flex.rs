@@ -52,6 +52,10 @@ impl Source for LogitsGradient<'_> {
             *target -= self.weights[row];
         }
     }
+
+    fn prefetch(&self, row: usize, first: usize, count: usize) {
+        self.logits.prefetch(row, self.first + first, count);
+    }
 }
 
 impl CrossEntropyBodies for Flex {
@@ -71,14 +75,16 @@ impl CrossEntropyBodies for Flex {
         let ([vocabulary, width], rows) = (head.dims(), targets.len());
         let (source, mut loss) = (head.source(), 0f32);
         let mut grad = vec![0f32; if with_grad { rows * width } else { 0 }];
+        let mut logits = Vec::new();
         for first in (0..rows).step_by(chunk) {
             let count = chunk.min(rows - first);
-            let logits = {
+            {
                 let x = Matrix::new(&hidden.values()[first * width..], width);
                 let left = Left::pack(count, width, Operand::new(&x, Lanes::Rows));
                 let terms = vec![Term { left: &left, right: Operand::new(&*source, Lanes::Rows) }];
-                gemm::product(count, vocabulary, &[Job { first: 0, columns: vocabulary, terms, start: Start::Zero }])
-            };
+                let job = Job { first: 0, columns: vocabulary, terms, start: Start::Zero };
+                gemm::product_into(count, vocabulary, &[job], &mut logits);
+            }
             let log_sums: Vec<f32> = logits.par_chunks_exact(vocabulary).map(log_sum_exp).collect();
             let (targets, weights) = (&targets[first..][..count], &weights.values()[first..][..count]);
             for (row, ((log_sum, target), weight)) in log_sums.iter().zip(targets).zip(weights).enumerate() {

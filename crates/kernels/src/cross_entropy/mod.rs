@@ -23,8 +23,8 @@ use burn::tensor::{Int, Shape, Tensor};
 use crate::body::{cast, plain_backends};
 use crate::weight::{FrozenWeight, Weight, WeightOps};
 
-/// Logits that exist at one time: 48 MiB of f32.
-const CHUNK_ELEMENTS: usize = 3 << 22;
+/// Logits that exist at one time: 24 MiB of f32.
+const CHUNK_ELEMENTS: usize = 3 << 21;
 
 /// The fused head and loss, differentiable.
 #[backend_extension(

@@ -60,7 +60,15 @@ pub(crate) struct Job<'a> {
 
 /// A fresh `[rows, columns]` matrix, whose columns the jobs share out among them.
 pub(crate) fn product(rows: usize, columns: usize, jobs: &[Job]) -> Vec<f32> {
-    let mut out: Vec<f32> = Vec::with_capacity(rows * columns);
+    let mut out = Vec::new();
+    product_into(rows, columns, jobs, &mut out);
+    out
+}
+
+/// [`product`] in the memory of an earlier one.
+pub(crate) fn product_into(rows: usize, columns: usize, jobs: &[Job], out: &mut Vec<f32>) {
+    out.clear();
+    out.reserve_exact(rows * columns);
     let mut next = 0;
     for job in jobs {
         assert_eq!(job.first, next, "the jobs leave out columns");
@@ -71,7 +79,6 @@ pub(crate) fn product(rows: usize, columns: usize, jobs: &[Job]) -> Vec<f32> {
     run(rows, columns, jobs, &mut out.spare_capacity_mut()[..rows * columns]);
     // SAFETY: the jobs cover every column, as was checked above, and each writes all rows of its columns.
     unsafe { out.set_len(rows * columns) };
-    out
 }
 
 /// Adds to a `[rows, columns]` matrix.

@@ -11,6 +11,9 @@ use super::tile::MR;
 pub(crate) trait Source: Sync {
     /// Writes the elements `first..first + out.len()` of `row`.
     fn read(&self, row: usize, first: usize, out: &mut [f32]);
+
+    /// Asks the processor to fetch what reading `count` elements of `row` will need. A row that there is not is ignored.
+    fn prefetch(&self, _row: usize, _first: usize, _count: usize) {}
 }
 
 /// Which index of the source runs along the lanes of a panel; the other one is the inner dimension of the product.
@@ -36,6 +39,11 @@ const INNER: usize = 768;
 /// Elements of a row that are read at one time where lanes are rows: W of these stay in the first-level cache.
 const CHUNK: usize = 64;
 
+/// Chunks, and rows where lanes are columns, that are asked for before they are read: a panel jumps from row to row, which
+/// the processor does not foresee, and a weight comes from memory.
+const CHUNKS_AHEAD: usize = 4;
+const ROWS_AHEAD: usize = 16;
+
 /// Widest range of columns that are read at one time where lanes are columns.
 pub(super) const MAX_COLUMNS: usize = 256;
 
@@ -47,10 +55,26 @@ impl Operand<'_> {
         assert!(out.len() == lanes.len().div_ceil(W) * W * depth && lanes.len() <= MAX_COLUMNS);
         match self.lanes {
             Lanes::Rows => {
+                let chunks = depth.div_ceil(CHUNK);
+                let prefetch = |chunk: usize| {
+                    let (panel, first) = (chunk / chunks, chunk % chunks * CHUNK);
+                    for row in (lanes.start + panel * W..lanes.end).take(W) {
+                        self.source.prefetch(row, inner.start + first, CHUNK.min(depth - first));
+                    }
+                };
+                let mut ahead = 0;
+                let mut prefetch_next = || {
+                    prefetch(ahead);
+                    ahead += 1;
+                };
+                if chunks > 0 {
+                    (0..CHUNKS_AHEAD).for_each(|_| prefetch_next());
+                }
                 for (panel, first) in out.chunks_exact_mut((depth * W).max(1)).zip(lanes.clone().step_by(W)) {
                     let mut rows = [[0f32; CHUNK]; W];
                     let count = W.min(lanes.end - first);
                     for (part, start) in panel.chunks_mut(CHUNK * W).zip(inner.clone().step_by(CHUNK)) {
+                        prefetch_next();
                         let len = part.len() / W;
                         for (lane, row) in rows[..count].iter_mut().enumerate() {
                             self.source.read(first + lane, start, &mut row[..len]);
@@ -67,7 +91,13 @@ impl Operand<'_> {
             Lanes::Columns => {
                 let mut row = [0f32; MAX_COLUMNS];
                 let row = &mut row[..lanes.len().next_multiple_of(W).min(MAX_COLUMNS)];
-                for (k, source_row) in inner.enumerate() {
+                for ahead in inner.clone().take(ROWS_AHEAD) {
+                    self.source.prefetch(ahead, lanes.start, lanes.len());
+                }
+                for (k, source_row) in inner.clone().enumerate() {
+                    if source_row + ROWS_AHEAD < inner.end {
+                        self.source.prefetch(source_row + ROWS_AHEAD, lanes.start, lanes.len());
+                    }
                     self.source.read(source_row, lanes.start, &mut row[..lanes.len()]);
                     for (panel, values) in out.chunks_exact_mut(depth * W).zip(row.chunks(W)) {
                         panel[k * W..][..values.len()].copy_from_slice(values);

@@ -4,8 +4,9 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use super::Source;
-use crate::Dropout;
-use crate::simd::{sigmoid, vectorised};
+use crate::activation::flex::gated;
+use crate::simd::{prefetch, vectorised};
+use crate::{Dropout, Gate};
 
 /// A row-major f32 matrix.
 #[derive(Clone, Copy, derive_new::new)]
@@ -28,6 +29,11 @@ impl Source for Matrix<'_> {
     fn read(&self, row: usize, first: usize, out: &mut [f32]) {
         out.copy_from_slice(self.row(row, first, out.len()));
     }
+
+    #[inline(always)]
+    fn prefetch(&self, row: usize, first: usize, count: usize) {
+        prefetch(self.data, row * self.stride + first, count);
+    }
 }
 
 /// A row-major matrix in a 16-bit format.
@@ -49,12 +55,20 @@ impl Source for Half<'_, bf16> {
     fn read(&self, row: usize, first: usize, out: &mut [f32]) {
         widen(&self.data[row * self.stride + first..][..out.len()], out);
     }
+
+    fn prefetch(&self, row: usize, first: usize, count: usize) {
+        prefetch(self.data, row * self.stride + first, count);
+    }
 }
 
 impl Source for Half<'_, f16> {
     fn read(&self, row: usize, first: usize, out: &mut [f32]) {
         let values = &self.data[row * self.stride + first..][..out.len()];
         values.convert_to_f32_slice(out);
+    }
+
+    fn prefetch(&self, row: usize, first: usize, count: usize) {
+        prefetch(self.data, row * self.stride + first, count);
     }
 }
 
@@ -79,29 +93,29 @@ impl Source for Normed<'_> {
     fn read(&self, row: usize, first: usize, out: &mut [f32]) {
         normed(self.x.row(row, first, out.len()), &self.weight[first..], self.factors[row], out);
     }
+
+    fn prefetch(&self, row: usize, first: usize, count: usize) {
+        self.x.prefetch(row, first, count);
+    }
 }
 
-/// silu(gate) ⊙ up, where a row is gate and up side by side.
+/// act(gate) ⊙ up, where a row is gate and up side by side.
 #[derive(Clone, Copy, derive_new::new)]
 pub(crate) struct Gated<'a> {
+    gate: Gate,
     gate_up: Matrix<'a>,
     width: usize,
 }
 
-vectorised! {
-    fn gated(gate: &[f32], up: &[f32], out: &mut [f32]) {
-        let (gate, up) = (&gate[..out.len()], &up[..out.len()]);
-        for i in 0..out.len() {
-            out[i] = gate[i] * sigmoid(gate[i]) * up[i];
-        }
-    }
-}
-
 impl Source for Gated<'_> {
     fn read(&self, row: usize, first: usize, out: &mut [f32]) {
-        let (gate, up) =
-            (self.gate_up.row(row, first, out.len()), self.gate_up.row(row, self.width + first, out.len()));
-        gated(gate, up, out);
+        let gate = self.gate_up.row(row, first, out.len());
+        gated(self.gate, gate, self.gate_up.row(row, self.width + first, out.len()), out);
+    }
+
+    fn prefetch(&self, row: usize, first: usize, count: usize) {
+        self.gate_up.prefetch(row, first, count);
+        self.gate_up.prefetch(row, self.width + first, count);
     }
 }
 
@@ -121,6 +135,10 @@ impl Source for Dropped<'_> {
             *value *= self.dropout.factor(begin + i);
         }
     }
+
+    fn prefetch(&self, row: usize, first: usize, count: usize) {
+        self.source.prefetch(row, first, count);
+    }
 }
 
 /// The rows of a source from one on.
@@ -133,5 +151,9 @@ pub(crate) struct Below<'a> {
 impl Source for Below<'_> {
     fn read(&self, row: usize, first: usize, out: &mut [f32]) {
         self.source.read(self.first + row, first, out);
+    }
+
+    fn prefetch(&self, row: usize, first: usize, count: usize) {
+        self.source.prefetch(self.first + row, first, count);
     }
 }

@@ -27,9 +27,8 @@ fn supported(x: &FlexTensor, prologue: &Prologue<Flex>, projections: &[Projected
     let is_f32 = |t: &FlexTensor| t.dtype() == DType::F32;
     let optional = |t: &Optional<Flex>| if let Optional::Present(t) = t { is_f32(t) } else { true };
     let prologue = match prologue {
-        Prologue::Plain => true,
+        Prologue::Plain | Prologue::Gated(_) => true,
         Prologue::Normed { weight, .. } => is_f32(weight),
-        Prologue::Gated(gate) => *gate == Gate::Silu,
     };
     prologue
         && is_f32(x)
@@ -54,7 +53,7 @@ struct Hidden {
 enum Step {
     Plain,
     Normed { weight: Rows, factors: Vec<f32> },
-    Gated,
+    Gated(Gate),
 }
 
 impl Hidden {
@@ -65,7 +64,7 @@ impl Hidden {
             Prologue::Normed { weight, eps } => {
                 (Step::Normed { weight: Rows::of(weight), factors: norm::flex::factors(&x, *eps) }, x.width())
             }
-            Prologue::Gated(_) => (Step::Gated, x.width() / 2),
+            Prologue::Gated(gate) => (Step::Gated(*gate), x.width() / 2),
         };
         Self { x, prologue, width }
     }
@@ -76,19 +75,18 @@ impl Hidden {
         match &self.prologue {
             Step::Plain => f(&x),
             Step::Normed { weight, factors } => f(&Normed::new(x, weight.values(), factors)),
-            Step::Gated => f(&Gated::new(x, self.width)),
+            Step::Gated(gate) => f(&Gated::new(*gate, x, self.width)),
         }
     }
 
-    /// dx from dh, which it may overwrite.
-    fn backward(&self, mut dh: Vec<f32>) -> FlexTensor {
-        let rows = self.x.count();
-        match &self.prologue {
+    /// dx from dh, in the memory of one of them where it can be.
+    fn backward(self, mut dh: Vec<f32>) -> FlexTensor {
+        match self.prologue {
             Step::Plain => {}
-            Step::Normed { weight, factors } => norm::flex::backward_in_place(&mut dh, &self.x, weight, factors),
-            Step::Gated => dh = activation::flex::side_by_side_backward(&dh, &self.x),
+            Step::Normed { weight, factors } => norm::flex::backward_in_place(&mut dh, &self.x, &weight, &factors),
+            Step::Gated(gate) => return activation::flex::side_by_side_backward(gate, &dh, self.x),
         }
-        f32_tensor(dh, [rows, self.x.width()])
+        f32_tensor(dh, [self.x.count(), self.x.width()])
     }
 }
 
@@ -288,12 +286,13 @@ fn forward(
 
 fn backward(
     grad: &FlexTensor,
-    x: &FlexTensor,
+    x: FlexTensor,
     prologue: &Prologue<Flex>,
     projections: &[Projected<Flex>],
     need_dx: bool,
 ) -> LinearGrads<Flex> {
-    let hidden = Hidden::new(x, prologue);
+    let hidden = Hidden::new(&x, prologue);
+    drop(x); // `hidden` alone holds it now, and may write over it
     let (parts, width) = parts(projections);
     let (rows, inner) = (hidden.x.count(), hidden.width);
     let sources = Sources::of(&parts, inner);
@@ -395,6 +394,6 @@ impl LinearBodies for Flex {
         if !supported(&x, &prologue, &projections) || grad.dtype() != DType::F32 {
             return generic::backward::<Self>(grad, x, prologue, projections, need_dx);
         }
-        backward(&grad, &x, &prologue, &projections, need_dx)
+        backward(&grad, x, &prologue, &projections, need_dx)
     }
 }

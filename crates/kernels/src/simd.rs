@@ -71,10 +71,12 @@ pub(crate) fn exp(x: f32) -> f32 {
     value * f32::from_bits(shifted.to_bits().wrapping_add(127) << 23)
 }
 
-/// σ(x).
+/// σ(x) and 1 − σ(x), neither of which is a difference, so that both keep their precision where they are small.
 #[inline(always)]
-pub(crate) fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + exp(-x))
+pub(crate) fn sigmoid(x: f32) -> (f32, f32) {
+    let e = exp(-x);
+    let p = 1.0 / (1.0 + e);
+    (p, e * p)
 }
 
 /// Σ f(i) over 0..n in a fixed order of independent lanes.

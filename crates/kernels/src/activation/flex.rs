@@ -16,8 +16,8 @@ const CHUNK: usize = 1 << 14;
 /// p(x) and p'(x) of silu(x) = x p(x).
 #[inline(always)]
 fn silu(x: f32) -> (f32, f32) {
-    let p = sigmoid(x);
-    (p, p * (1.0 - p))
+    let (p, rest) = sigmoid(x);
+    (p, p * rest)
 }
 
 /// Φ(x) and its density, by formula 7.1.26 of Abramowitz & Stegun (*Handbook of Mathematical Functions*, 1964), which is
@@ -41,8 +41,8 @@ fn gelu_tanh(x: f32) -> (f32, f32) {
     const CUBIC: f32 = 0.044_715;
     const TWICE_SQRT_2_OVER_PI: f32 = 1.595_769;
     let square = x * x;
-    let p = sigmoid(TWICE_SQRT_2_OVER_PI * x * (1.0 + CUBIC * square));
-    (p, p * (1.0 - p) * TWICE_SQRT_2_OVER_PI * (1.0 + 3.0 * CUBIC * square))
+    let (p, rest) = sigmoid(TWICE_SQRT_2_OVER_PI * x * (1.0 + CUBIC * square));
+    (p, p * rest * TWICE_SQRT_2_OVER_PI * (1.0 + 3.0 * CUBIC * square))
 }
 
 #[inline(always)]

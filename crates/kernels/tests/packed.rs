@@ -65,14 +65,30 @@ proptest! {
     }
 }
 
+/// What meets two weights: x, A, B and the weight of x's norm. Drawn once, for all tests of a process draw from one stream.
+struct Operands {
+    x: Tensor<2>,
+    a: Tensor<2>,
+    b: Tensor<2>,
+    norm: Tensor<1>,
+}
+
+impl Operands {
+    fn new(rows: usize, [n, k]: [usize; 2]) -> Self {
+        let device = Device::flex().autodiff();
+        Self {
+            x: normal([rows, k], 1.0, &device),
+            a: normal([4, k], 0.1, &device),
+            b: normal([n, 4], 0.1, &device),
+            norm: normal([k], 1.0, &Device::flex()),
+        }
+    }
+}
+
 /// y, dx, dA and dB of two projections of a normed input.
-fn differentiate(weights: &[FrozenWeight; 2], rows: usize, dropout: Option<Dropout>) -> [Vec<f32>; 4] {
-    let device = Device::flex().autodiff();
-    device.seed(3);
-    let [[n, k], _] = [weights[0].dims(), weights[1].dims()];
-    let x = normal([rows, k], 1.0, &device).require_grad();
-    let norm = normal([k], 1.0, &device.clone().without_autodiff());
-    let (a, b) = (normal([4, k], 0.1, &device).require_grad(), normal([n, 4], 0.1, &device).require_grad());
+fn differentiate(weights: &[FrozenWeight; 2], operands: &Operands, dropout: Option<Dropout>) -> [Vec<f32>; 4] {
+    let Operands { x, a, b, norm } = operands;
+    let (x, a, b, norm) = (leaf(x), leaf(a), leaf(b), norm.clone());
     let adapter = ProjectionAdapter { a: a.clone(), b: b.clone(), path: AdapterPath::new(0.7, dropout) };
     let [first, second] = weights.clone();
     let projections = [
@@ -97,8 +113,9 @@ fn values_and_gradients_are_to_the_bit_those_of_the_dequantised_weights() {
                 FrozenWeight::from(Tensor::<2>::from_data(data, &device))
             };
             let dropout = (rows == 37).then(|| Dropout::new(0.3, 5));
-            let expected = differentiate(&weights.each_ref().map(dense), rows, dropout);
-            let found = differentiate(&weights.each_ref().map(upload), rows, dropout);
+            let operands = Operands::new(rows, shape);
+            let expected = differentiate(&weights.each_ref().map(dense), &operands, dropout);
+            let found = differentiate(&weights.each_ref().map(upload), &operands, dropout);
             assert_eq!(found, expected, "{scheme}, {rows} rows");
         }
     }
@@ -109,9 +126,9 @@ fn a_packed_head_has_the_loss_of_the_dequantised_one() {
     let device = Device::flex().autodiff();
     for scheme in schemes() {
         let weight = packed([130, 48], scheme, &device);
+        let hidden = normal([9, 48], 1.0, &device);
         let loss = |head: FrozenWeight| {
-            device.seed(4);
-            let hidden = normal([9, 48], 1.0, &device).require_grad();
+            let hidden = leaf(&hidden);
             let targets: Vec<i64> = (0..9).map(|i| i * 14).collect();
             let weights = Tensor::ones([9], &device);
             let loss = linear_cross_entropy(hidden.clone(), head, ints(&targets, [9], &device), weights);

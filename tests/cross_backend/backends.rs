@@ -92,6 +92,8 @@ pub struct Tested {
     pub name: &'static str,
     /// Without autodiff.
     pub device: Device,
+    /// The format of weights that `model.dtype: auto` means here.
+    pub weights: Option<FloatDtype>,
 }
 
 impl Tested {
@@ -113,8 +115,8 @@ impl Tested {
     }
 
     fn new(name: &'static str, choice: DeviceChoice) -> Self {
-        let device = device::choose(&choice).unwrap_or_else(|error| panic!("{error}")).device;
-        Self { name, device }
+        let chosen = device::choose(&choice).unwrap_or_else(|error| panic!("{error}"));
+        Self { name, weights: chosen.weight_dtype(Dtype::Auto).unwrap(), device: chosen.device }
     }
 
     /// Every backend of this build.
@@ -139,17 +141,6 @@ impl Tested {
     pub fn tolerance(&self, compute: FloatDtype) -> &'static Tolerance {
         let row = self.tolerances().find(|row| row.compute == compute);
         row.unwrap_or_else(|| panic!("the table has no row for {} in {compute}", self.name))
-    }
-
-    /// The format of weights that `model.dtype: auto` means here.
-    pub fn weights(&self) -> Option<FloatDtype> {
-        let choice = match self.name {
-            "ndarray" => DeviceChoice::NdArray,
-            "wgpu" => DeviceChoice::Wgpu(Some(0)),
-            "cuda" => DeviceChoice::Cuda(Some(0)),
-            _ => DeviceChoice::Flex,
-        };
-        device::choose(&choice).unwrap().weight_dtype(Dtype::Auto).unwrap()
     }
 }
 

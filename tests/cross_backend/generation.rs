@@ -30,7 +30,7 @@ pub fn greedy_tokens_are_those_of_transformers(tested: &Tested) {
     let cases = cases.lines().map(|line| serde_json::from_str::<Greedy>(line).unwrap());
     let mut seen = 0;
     for case in cases.filter(|case| ["llama", "qwen2"].contains(&case.family.as_str())) {
-        let options = LoadOptions::new(tested.weights(), FloatDtype::F32, AttentionKind::Fused);
+        let options = LoadOptions::new(tested.weights, FloatDtype::F32, AttentionKind::Fused);
         let model = CausalLm::load(&fixtures().join(&case.family), &options, &tested.device).unwrap().0;
         let greedy = SamplingOptions::greedy(case.tokens.len(), Vec::new());
         let mut generator = Generator::new(&model, &case.prompt, greedy).unwrap();

@@ -23,7 +23,7 @@ pub fn adapted(
     device: &Device,
 ) -> CausalLm {
     let quantization = case.quantization.as_ref().map(QuantizationCase::options);
-    let options = LoadOptions { quantization, ..LoadOptions::new(tested.weights(), compute, AttentionKind::Fused) };
+    let options = LoadOptions { quantization, ..LoadOptions::new(tested.weights, compute, AttentionKind::Fused) };
     let (model, _) = CausalLm::load(&fixtures().join(family), &options, device).unwrap();
     with_adapter(model, adapter, device)
 }

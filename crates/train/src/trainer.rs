@@ -158,10 +158,11 @@ impl<'a> Trainer<'a> {
             }
             let started_seconds = run.process_age.map(|age| age + run.start.elapsed().as_secs_f64());
             let Group { uploaded, epochs } = groups.recv().expect("the thread that lays out batches panicked")?;
-            let sources = uploaded.sources.clone();
-            run.pending.push(match self.state.enqueue_uploaded(uploaded) {
-                true => Pending::Step { epoch: epochs, started_seconds, peak_memory_bytes: peak_memory_bytes() },
-                false => Pending::Skipped { step: self.state.steps(), rows: rows(&sources).0 },
+            let skipped = uploaded.micro_batches.is_empty().then(|| rows(&uploaded.sources).0);
+            self.state.enqueue_uploaded(uploaded);
+            run.pending.push(match skipped {
+                None => Pending::Step { epoch: epochs, started_seconds, peak_memory_bytes: peak_memory_bytes() },
+                Some(rows) => Pending::Skipped { step: self.state.steps(), rows },
             });
             let finished = self.finished();
             let [save, evaluate] = [self.options.save_every, self.options.eval_every].map(|every| self.due(every));

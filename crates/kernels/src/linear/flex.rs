@@ -33,7 +33,7 @@ fn supported(x: &FlexTensor, prologue: &Prologue<Flex>, projections: &[Projected
     prologue
         && is_f32(x)
         && projections.iter().all(|Projected { weight, bias, adapter, .. }| {
-            Stored::of(weight).is_some()
+            Stored::reads(weight)
                 && optional(bias)
                 && match adapter {
                     LowRank::Absent => true,

@@ -24,7 +24,15 @@ pub(crate) enum Stored {
 }
 
 impl Stored {
-    /// `None` for a format that is not read here.
+    /// Whether [`of`](Self::of) reads this format; asking copies nothing.
+    pub(crate) fn reads(weight: &Weight<Flex>) -> bool {
+        match weight {
+            Weight::Dense(weight) => matches!(weight.dtype(), DType::F32 | DType::BF16 | DType::F16),
+            Weight::FourBit { .. } | Weight::FourBitDouble { .. } | Weight::Int8 { .. } => true,
+        }
+    }
+
+    /// `None` for a format that is not read here. A strided weight is copied.
     pub(crate) fn of(weight: &Weight<Flex>) -> Option<Self> {
         match weight {
             Weight::Dense(weight) => match weight.dtype() {

@@ -11,7 +11,7 @@ use super::Weight;
 pub struct PackedTensor {
     /// The packed bytes as 32-bit integers, little-endian, the last one filled with zeros.
     pub codes: Tensor<1, Int>,
-    /// With double quantisation the codes of the blocks' scales, likewise.
+    /// With double quantisation, and only then, the codes of the blocks' scales, likewise.
     pub scale_codes: Option<Tensor<1, Int>>,
     /// f32: the scale of every block (4 bits), of every 256 scales (double quantisation), or of every row (INT8).
     pub scales: Tensor<1>,
@@ -121,9 +121,13 @@ impl PackedTensor {
                 }
             }
             PackedWeight::Int8(weight) => {
-                let codes: Vec<u8> = weight.codes().iter().map(|code| code.cast_unsigned()).collect();
                 let format = PackedFormat::Int8(Int8Format { shape: weight.shape(), threshold });
-                Self { codes: bytes(&codes), scale_codes: None, scales: floats(weight.scales()), format }
+                Self {
+                    codes: bytes(bytemuck::cast_slice(weight.codes())),
+                    scale_codes: None,
+                    scales: floats(weight.scales()),
+                    format,
+                }
             }
         }
     }
@@ -142,8 +146,9 @@ impl PackedTensor {
                 let scale_codes = scale_codes.clone().into_dispatch();
                 Weight::FourBitDouble { codes, scale_codes, scales, format, nested }
             }
-            (PackedFormat::FourBit { format, .. }, _) => Weight::FourBit { codes, scales, format },
-            (PackedFormat::Int8(format), _) => Weight::Int8 { codes, scales, format },
+            (PackedFormat::FourBit { format, nested: None }, None) => Weight::FourBit { codes, scales, format },
+            (PackedFormat::Int8(format), None) => Weight::Int8 { codes, scales, format },
+            _ => panic!("a packed weight has codes of scales where its format is nested, and nowhere else"),
         }
     }
 }

@@ -7,6 +7,7 @@ use burn::backend::Flex;
 use burn::module::{Lora, Module};
 use burn::nn::{Linear, LinearConfig, RmsNormConfig};
 use burn::tensor::{Tensor, activation};
+use emberlora::kernels::checkpoint::Values;
 use emberlora::kernels::{Gate, Input, LinearBodies, Projection, Prologue, project, reference};
 
 use crate::products::{adapted, projected};
@@ -68,7 +69,7 @@ fn compare(
     bench.compare(Contest {
         name: &name,
         products: Some(Products { flop: gemm.flop() + adapters, gemm: &gemm }),
-        ours: &mut || backward(project(x.clone(), input.clone(), &projections, residual.cloned())),
+        ours: &mut || backward(project(x.clone(), input.clone(), &projections, residual.cloned(), Values::Read)),
         burn: &mut || {
             let h = burn_input();
             let outputs = layers.iter().map(|layer| layer.forward(h.clone()));

@@ -8,6 +8,7 @@ use burn::module::{Lora, Module};
 use burn::nn::LinearConfig;
 use burn::nn::loss::CrossEntropyLossConfig;
 use burn::tensor::{DType, Int, Tensor};
+use emberlora::kernels::checkpoint::Values;
 use emberlora::kernels::{
     AdapterPath, CrossEntropyBodies, Input, LinearBodies, LowRank, Optional, Projected, Projection, ProjectionAdapter,
     Prologue, Weight, frozen_linear, linear_cross_entropy, project, reference,
@@ -96,7 +97,7 @@ fn lora(bench: &Bench, k: usize, n: usize) {
     bench.compare(Contest {
         name: &name,
         products: Some(Products { flop: gemm.flop() + adapter, gemm: &gemm }),
-        ours: &mut || backward(project(x.clone(), Input::Plain, std::slice::from_ref(&projection), None)),
+        ours: &mut || backward(project(x.clone(), Input::Plain, std::slice::from_ref(&projection), None, Values::Read)),
         burn: &mut || backward(burn.forward(x.clone())),
         body: body!(Flex::project_forward, Flex::project_backward, &x, &projection),
         generic: body!(reference::linear::forward::<Flex>, reference::linear::backward::<Flex>, &x, &projection),

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use emberlora::kernels::checkpoint::Values;
 use emberlora::kernels::{
     AdamWStep, AdapterPath, AttentionKind, AttentionOptions, Dropout, FrozenWeight, Gate, HeadLayout, HeadNorms, Input,
     PackedTensor, Projection, ProjectionAdapter, adamw, attention, frozen_linear, glu, linear_cross_entropy,
@@ -165,7 +166,7 @@ pub fn operations_and_their_gradients_are_those_of_pytorch(tested: &Tested) {
             let (x, a, b) = (case.leaf::<3>("x"), case.leaf::<2>("a"), case.leaf::<2>("b"));
             let adapter = ProjectionAdapter { a: a.clone(), b: b.clone(), path: AdapterPath::new(SCALE, None) };
             let projection = projection(case.constant("w"), None, Some(adapter));
-            let y = project(x.clone(), Input::Gated(Gate::Silu), &[projection], None);
+            let y = project(x.clone(), Input::Gated(Gate::Silu), &[projection], None, Values::Read);
             check_linear(case, y, &[("x", &x)], &[("a", &a), ("b", &b)]);
         });
         run("linear_cross_entropy", &|case| {
@@ -192,7 +193,7 @@ fn normed_group(case: &mut Case<'_>) {
         projection(case.constant(&format!("w{i}")), Some(case.constant(&format!("bias{i}"))), adapter)
     });
     let input = Input::Normed { weight: case.constant("norm"), eps: 1e-5 };
-    let y = project(x.clone(), input, &group, Some(residual.clone()));
+    let y = project(x.clone(), input, &group, Some(residual.clone()), Values::Read);
     let factors: Vec<(&str, &Tensor<2>)> = factors.iter().map(|(name, factor)| (*name, factor)).collect();
     check_linear(case, y, &[("x", &x), ("residual", &residual)], &factors);
 }

@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
-use emberlora_kernels::checkpoint::{backward_with, checkpoint};
-use emberlora_kernels::{Dropout, lora_linear, rms_norm};
+use emberlora_kernels::checkpoint::{Values, backward_with, checkpoint};
+use emberlora_kernels::{AdapterPath, Dropout, Input, Projection, ProjectionAdapter, lora_linear, project, rms_norm};
 use support::*;
 
 #[derive(Module, Debug)]
@@ -43,7 +43,7 @@ fn run(blocks: &[Block], x: &Tensor<2>, track_x: bool, recompute: bool) -> (Tens
     let mut h = x.clone();
     for (i, block) in blocks.iter().enumerate() {
         h = match recompute {
-            true => checkpoint(block, h, move |block, h| block.forward(h, i as u64)),
+            true => checkpoint(block, h, move |block, h, _| block.forward(h, i as u64)),
             false => block.forward(h, i as u64),
         };
     }
@@ -87,7 +87,7 @@ fn several_blocks_form_one_segment() {
     let x = normal([5, 16], 1.0, &device);
     let segmented = |x: Tensor<2>| {
         blocks.chunks(2).enumerate().fold(x, |h, (i, chunk)| {
-            checkpoint(&chunk.to_vec(), h, move |chunk: &Vec<Block>, h| {
+            checkpoint(&chunk.to_vec(), h, move |chunk: &Vec<Block>, h, _| {
                 chunk.iter().enumerate().fold(h, |h, (j, block)| block.forward(h, (2 * i + j) as u64))
             })
         })
@@ -98,12 +98,34 @@ fn several_blocks_form_one_segment() {
     assert_eq!(values(&blocks[3].b.val().grad(&grads).unwrap()), expected[8]);
 }
 
+#[test]
+fn gradients_do_not_need_the_result_of_the_second_run() {
+    for device in devices() {
+        device.seed(9);
+        let block = Block::new(&device);
+        let x = normal([5, 16], 1.0, &device);
+        let gradients = |read_again: bool| {
+            let x = leaf(&x);
+            let y = checkpoint(&block, x.clone(), move |block, x, values| {
+                let adapter =
+                    ProjectionAdapter { a: block.a.val(), b: block.b.val(), path: AdapterPath::new(1.5, None) };
+                let projection = Projection { weight: block.w.val().into(), bias: None, adapter: Some(adapter) };
+                let values = if read_again { Values::Read } else { values };
+                project(x.clone().tanh(), Input::Plain, &[projection], Some(x), values)
+            });
+            let grads = probe(y).backward();
+            [x.grad(&grads), block.a.val().grad(&grads), block.b.val().grad(&grads)].map(|g| self::values(&g.unwrap()))
+        };
+        assert_eq!(gradients(false), gradients(true));
+    }
+}
+
 /// How often a block runs in one step on `device`.
 fn runs(device: &Device) -> usize {
     let block = Block::new(device);
     let count = Arc::new(AtomicUsize::new(0));
     let counted = count.clone();
-    let y = checkpoint(&block, normal([5, 16], 1.0, device), move |block, x| {
+    let y = checkpoint(&block, normal([5, 16], 1.0, device), move |block, x, _| {
         counted.fetch_add(1, Ordering::Relaxed);
         block.forward(x, 0)
     });
@@ -123,7 +145,7 @@ fn without_autodiff_the_block_just_runs() {
     let device = Device::flex();
     let block = Block::new(&device).no_grad();
     let x = normal([5, 16], 1.0, &device);
-    let y = checkpoint(&block, x.clone(), |block, x| block.forward(x, 0));
+    let y = checkpoint(&block, x.clone(), |block, x, _| block.forward(x, 0));
     assert_eq!(values(&y), values(&block.forward(x, 0)));
 }
 
@@ -134,7 +156,7 @@ fn a_captured_tracked_tensor_is_refused_in_the_forward_pass() {
     let block = Block::new(&device);
     let captured = Tensor::<2>::ones([5, 16], &device).require_grad() * 2.0;
     let x = normal([5, 16], 1.0, &device).require_grad();
-    checkpoint(&block, x, move |block, x| block.forward(x, 0) + captured.clone());
+    checkpoint(&block, x, move |block, x, _| block.forward(x, 0) + captured.clone());
 }
 
 #[test]

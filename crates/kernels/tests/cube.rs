@@ -6,6 +6,7 @@ mod support;
 use burn::backend::Cube;
 use burn::backend::ops::FloatTensorOps;
 use burn::tensor::{DType, Device, DeviceKind, Tensor, TensorData};
+use emberlora_kernels::checkpoint::Values;
 use emberlora_kernels::{
     AdapterPath, FrozenWeight, Input, PackedFormat, PackedTensor, Projection, ProjectionAdapter, Weight, WeightOps,
     project, reference,
@@ -120,7 +121,7 @@ fn differentiate(weight: FrozenWeight, device: &Device) -> [Vec<f32>; 4] {
     let (x, a, b) = (tensor([6, k], 0.37), tensor([r, k], 0.51), tensor([n, r], 0.23));
     let adapter = ProjectionAdapter { a: a.clone(), b: b.clone(), path: AdapterPath::new(0.7, None) };
     let projection = Projection { weight, bias: None, adapter: Some(adapter) };
-    let y = project(x.clone(), Input::Plain, &[projection], None);
+    let y = project(x.clone(), Input::Plain, &[projection], None, Values::Read);
     let grads = probe(y.clone()).backward();
     let grad = |t: &Tensor<2>| values(&t.grad(&grads).unwrap());
     [values(&y), grad(&x), grad(&a), grad(&b)]

@@ -4,6 +4,7 @@ mod support;
 
 use burn::backend::Flex;
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use emberlora_kernels::checkpoint::Values;
 use emberlora_kernels::{
     AdapterPath, Dropout, FrozenWeight, Input, LinearBodies, LowRank, Optional, PackedTensor, Projected, Projection,
     ProjectionAdapter, Prologue, Weight, WeightOps, frozen_linear, linear_cross_entropy, project, reference,
@@ -95,7 +96,7 @@ fn differentiate(weights: &[FrozenWeight; 2], operands: &Operands, dropout: Opti
         Projection { weight: first, bias: None, adapter: Some(adapter) },
         Projection { weight: second, bias: None, adapter: None },
     ];
-    let y = project(x.clone(), Input::Normed { weight: norm, eps: 1e-5 }, &projections, None);
+    let y = project(x.clone(), Input::Normed { weight: norm, eps: 1e-5 }, &projections, None, Values::Read);
     let grads = probe(y.clone()).backward();
     let grad = |t: &Tensor<2>| values(&t.grad(&grads).unwrap());
     [values(&y), grad(&x), grad(&a), grad(&b)]

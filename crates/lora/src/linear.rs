@@ -1,5 +1,6 @@
 use burn::module::{Module, Param, ParamId};
 use burn::tensor::{DType, Tensor};
+use emberlora_kernels::checkpoint::Values;
 use emberlora_kernels::{AdapterPath, Input, PackedTensor, Projection, ProjectionAdapter};
 
 use crate::weight::frozen;
@@ -70,7 +71,7 @@ impl LoraLinear {
     /// # Panics
     /// When the last axis of `x` is not `in_features`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>, pass: &Pass) -> Tensor<D> {
-        project(x, Input::Plain, &[self], None, pass)
+        project(x, Input::Plain, &[self], None, pass, Values::Read)
     }
 
     /// The layer as an operation takes it.
@@ -103,7 +104,7 @@ impl LoraLinear {
 /// # Shapes
 /// * `x`: `[…, in_features]`, or gate and up side by side for [`Input::Gated`]
 /// * `residual`: `[…, Σ out_features]`, added to the result
-/// * result: `[…, Σ out_features]` in the dtype of `x`
+/// * result: `[…, Σ out_features]` in the dtype of `x`; zeros where nobody reads `values`
 ///
 /// # Panics
 /// As [`emberlora_kernels::project`].
@@ -113,7 +114,8 @@ pub fn project<const D: usize>(
     layers: &[&LoraLinear],
     residual: Option<Tensor<D>>,
     pass: &Pass,
+    values: Values,
 ) -> Tensor<D> {
     let projections: Vec<Projection> = layers.iter().map(|layer| layer.projection(x.dtype(), pass)).collect();
-    emberlora_kernels::project(x, input, &projections, residual)
+    emberlora_kernels::project(x, input, &projections, residual, values)
 }

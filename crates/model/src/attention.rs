@@ -2,6 +2,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
+use emberlora_kernels::checkpoint::Values;
 use emberlora_kernels::{AttentionOptions, HeadLayout, HeadNorms, Input, attention, qkv_attention, qkv_heads};
 use emberlora_lora::{LoraLinear, project};
 
@@ -74,7 +75,7 @@ impl Attention {
         let layout = HeadLayout::new(heads, kv_heads, head_dim);
         let options = AttentionOptions { scale: (head_dim as f32).powf(-0.5), window, kind: context.attention };
         let (norms, tables) = (self.norms(), (context.cos.clone(), context.sin.clone()));
-        let qkv = project(x, input, &self.qkv.layers(), None, &context.pass);
+        let qkv = project(x, input, &self.qkv.layers(), None, &context.pass, Values::Read);
         let y = match cache {
             None => qkv_attention(qkv, norms.as_ref(), tables, context.spans.clone(), layout, options),
             Some(cache) => {
@@ -84,7 +85,7 @@ impl Attention {
             }
         };
         let y = context.needed(y);
-        project(y, Input::Plain, &[&self.o_proj], residual, &context.pass)
+        project(y, Input::Plain, &[&self.o_proj], residual, &context.pass, Values::Read)
     }
 
     fn norms(&self) -> Option<HeadNorms> {

@@ -2,6 +2,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{Int, Tensor};
+use emberlora_kernels::checkpoint::Values;
 use emberlora_kernels::{AttentionKind, Input, rms_norm};
 use emberlora_lora::{LoraLinear, Pass};
 
@@ -21,6 +22,8 @@ pub(crate) struct Context {
     pub rows: Option<Tensor<1, Int>>,
     pub attention: AttentionKind,
     pub pass: Pass,
+    /// Whether anybody reads what the block returns.
+    pub values: Values,
 }
 
 impl Context {
@@ -53,11 +56,11 @@ impl Block {
         if self.post_norms {
             let y = self.self_attn.forward(x, Input::Plain, None, context, cache);
             let x = residual + self.normed(y, &self.attention_norm);
-            let y = self.mlp.forward(x.clone(), Input::Plain, None, &context.pass);
+            let y = self.mlp.forward(x.clone(), Input::Plain, None, &context.pass, Values::Read);
             return x + self.normed(y, &self.mlp_norm);
         }
         let x = self.self_attn.forward(x, self.input(&self.attention_norm), Some(residual), context, cache);
-        self.mlp.forward(x.clone(), self.input(&self.mlp_norm), Some(x), &context.pass)
+        self.mlp.forward(x.clone(), self.input(&self.mlp_norm), Some(x), &context.pass, context.values)
     }
 
     fn normed(&self, x: Tensor<3>, norm: &Param<Tensor<1>>) -> Tensor<3> {

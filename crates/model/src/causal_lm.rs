@@ -2,7 +2,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, Int, Tensor, activation};
-use emberlora_kernels::checkpoint::checkpoint;
+use emberlora_kernels::checkpoint::{Values, checkpoint};
 use emberlora_kernels::{AttentionKind, linear_cross_entropy, rms_norm};
 use emberlora_lora::{LoraLinear, Pass, Projections};
 use emberlora_quant::FloatDtype;
@@ -122,16 +122,17 @@ impl CausalLm {
     /// Hidden states behind the final norm, `[rows, seq, E]`; only those of `rows`, `[1, rows, E]`, where there are any.
     fn blocks(&self, input: &Input, rows: Option<Tensor<1, Int>>, pass: &Pass) -> Tensor<3> {
         let context = self.context(input, pass);
-        let last = Context { rows, ..context.clone() };
         let layers = self.layers.len();
         let size = self.settings.checkpointing.group(layers);
         let mut x = self.embed(input);
         for (index, blocks) in self.layers.chunks(size).enumerate() {
-            let (context, last) = (context.clone(), last.clone());
-            x = checkpoint(&blocks.to_vec(), x, move |blocks: &Vec<Block>, x| {
-                blocks.iter().zip(index * size + 1..).fold(x, |x, (block, number)| {
-                    block.forward(x, if number == layers { &last } else { &context }, None)
-                })
+            let ends_model = (index + 1) * size >= layers;
+            let inner = context.clone();
+            let last = Context { rows: rows.clone().filter(|_| ends_model), ..context.clone() };
+            x = checkpoint(&blocks.to_vec(), x, move |blocks: &Vec<Block>, x, values| {
+                let Some((end, blocks)) = blocks.split_last() else { return x };
+                let x = blocks.iter().fold(x, |x, block| block.forward(x, &inner, None));
+                end.forward(x, &Context { values, ..last.clone() }, None)
             });
         }
         self.normed(x)
@@ -241,7 +242,8 @@ impl CausalLm {
     fn context(&self, input: &Input, pass: &Pass) -> Context {
         let tables = input.tables.clone();
         let [cos, sin] = tables.unwrap_or_else(|| input.rotary_tables(&self.settings.rope, &self.device()));
-        Context { cos, sin, spans: input.spans.clone(), rows: None, attention: self.settings.attention, pass: *pass }
+        let (spans, attention) = (input.spans.clone(), self.settings.attention);
+        Context { cos, sin, spans, rows: None, attention, pass: *pass, values: Values::Read }
     }
 }
 

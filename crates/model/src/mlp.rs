@@ -2,6 +2,7 @@
 
 use burn::module::Module;
 use burn::tensor::Tensor;
+use emberlora_kernels::checkpoint::Values;
 use emberlora_kernels::{Gate, Input};
 use emberlora_lora::{LoraLinear, Pass, project};
 
@@ -30,14 +31,22 @@ pub(crate) struct Mlp {
 }
 
 impl Mlp {
-    /// `[B, S, E]` to `[B, S, E]`. `input` is what gate and up see of `x`, and `residual` is added to the result.
-    pub(crate) fn forward(&self, x: Tensor<3>, input: Input, residual: Option<Tensor<3>>, pass: &Pass) -> Tensor<3> {
+    /// `[B, S, E]` to `[B, S, E]`. `input` is what gate and up see of `x`, and `residual` is added to the result, which is
+    /// zeros where nobody reads `values`.
+    pub(crate) fn forward(
+        &self,
+        x: Tensor<3>,
+        input: Input,
+        residual: Option<Tensor<3>>,
+        pass: &Pass,
+        values: Values,
+    ) -> Tensor<3> {
         let gate_up = match &self.gate_up {
             GateUpProjection::Split(SplitGateUp { gate_proj, up_proj }) => {
-                project(x, input, &[gate_proj, up_proj], None, pass)
+                project(x, input, &[gate_proj, up_proj], None, pass, Values::Read)
             }
-            GateUpProjection::Fused(gate_up_proj) => project(x, input, &[gate_up_proj], None, pass),
+            GateUpProjection::Fused(gate_up_proj) => project(x, input, &[gate_up_proj], None, pass, Values::Read),
         };
-        project(gate_up, Input::Gated(Gate::Silu), &[&self.down_proj], residual, pass)
+        project(gate_up, Input::Gated(Gate::Silu), &[&self.down_proj], residual, pass, values)
     }
 }

@@ -21,33 +21,47 @@ use burn::backend::Dispatch;
 use burn::module::Module;
 use burn::tensor::{GradientCheckpointingStrategy, Gradients, Tensor};
 
+/// Whether anybody reads the numbers of a result.
+///
+/// The second run of a block is there for what its operations save. Its result goes nowhere: the gradient comes from
+/// outside, so an operation that ends a block, and saves nothing of its own result, need not compute it then.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Values {
+    /// They are needed.
+    #[default]
+    Read,
+    /// Shape, dtype and place in the graph are; the numbers may be any finite ones.
+    Unread,
+}
+
 pub use ops::{CheckpointOps, Segment, SegmentGrads, SegmentRef};
 
 use segment::{ModuleSegment, device_of, trainable_of};
 
-/// Runs `f(module, x)`; where the device of `x` or of the module's parameters asks for gradient checkpointing, without
-/// recording it, and again in the backward pass.
+/// Runs `f(module, x, Values::Read)`; where the device of `x` or of the module's parameters asks for gradient
+/// checkpointing, without recording it, and again in the backward pass, with [`Values::Unread`].
 ///
-/// Without anything to differentiate, and on a device without gradient checkpointing, this is `f(module, x)`.
+/// Without anything to differentiate, and on a device without gradient checkpointing, this is
+/// `f(module, x, Values::Read)`.
 ///
 /// # Panics
 /// When `f` captured a tracked tensor, see the [module's docs](self).
 pub fn checkpoint<M, F, const D: usize, const E: usize>(module: &M, x: Tensor<D>, f: F) -> Tensor<E>
 where
     M: Module + Sync + 'static,
-    F: Fn(&M, Tensor<D>) -> Tensor<E> + Send + Sync + 'static,
+    F: Fn(&M, Tensor<D>, Values) -> Tensor<E> + Send + Sync + 'static,
 {
     let trainable = trainable_of(module);
     let device = match trainable.first() {
         _ if x.is_autodiff() => x.device(),
         Some((_, parameter)) => device_of(parameter),
-        None => return f(module, x),
+        None => return f(module, x, Values::Read),
     };
     if !x.is_tracked() && trainable.is_empty() {
-        return f(module, x);
+        return f(module, x, Values::Read);
     }
     if device.gradient_checkpointing_strategy() != Some(GradientCheckpointingStrategy::Balanced) {
-        return f(module, x);
+        return f(module, x, Values::Read);
     }
     let segment: SegmentRef = Arc::new(ModuleSegment::new(module.clone(), f));
     let anchor = Tensor::<1>::zeros([1], &device).require_grad();

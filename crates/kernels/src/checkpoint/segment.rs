@@ -4,8 +4,8 @@ use burn::backend::DispatchTensor;
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Bool, Device, GradientCheckpointingStrategy, Gradients, Int, Tensor};
 
-use super::backward_with;
 use super::ops::{Segment, SegmentGrads};
+use super::{Values, backward_with};
 
 #[derive(derive_new::new)]
 pub(super) struct ModuleSegment<M, F, const D: usize, const E: usize> {
@@ -20,11 +20,11 @@ const STRATEGY: GradientCheckpointingStrategy = GradientCheckpointingStrategy::D
 impl<M, F, const D: usize, const E: usize> Segment for ModuleSegment<M, F, D, E>
 where
     M: Module + Sync + 'static,
-    F: Fn(&M, Tensor<D>) -> Tensor<E> + Send + Sync + 'static,
+    F: Fn(&M, Tensor<D>, Values) -> Tensor<E> + Send + Sync + 'static,
 {
     fn forward_plain(&self, x: DispatchTensor) -> DispatchTensor {
         let module = self.module.clone().map(&mut Untracked);
-        let y = (self.f)(&module, Tensor::from_dispatch(x));
+        let y = (self.f)(&module, Tensor::from_dispatch(x), Values::Read);
         // Everything that went in was untracked, so what comes out tracked was captured: its gradient would be lost
         // and the second run would wait for the outer graph's lock for ever.
         assert!(!y.is_tracked(), "checkpoint: the closure captured a tracked tensor; pass it through the module or x");
@@ -40,7 +40,7 @@ where
         let module = self.module.clone().map(&mut leaves);
         let x = Tensor::<D>::from_dispatch(x).autodiff().with_gradient_checkpointing_strategy(STRATEGY);
         let x = if need_x { x.require_grad() } else { x };
-        let y = (self.f)(&module, x.clone());
+        let y = (self.f)(&module, x.clone(), Values::Unread);
         drop(module);
         let mut grads = backward_with(y, Tensor::<E>::from_dispatch(grad));
         SegmentGrads {

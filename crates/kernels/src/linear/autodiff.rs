@@ -9,7 +9,8 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend};
 
-use super::{Group, LinearBodies, LinearOps, LowRank, Optional, Projected, Prologue};
+use super::{Group, LinearBodies, LinearOps, LowRank, Optional, Projected, Prologue, ops};
+use crate::checkpoint::Values;
 
 /// x, the residual, then A and B of up to three projections.
 const PARENTS: usize = 8;
@@ -57,6 +58,7 @@ impl<B: LinearBodies, C: CheckpointStrategy> LinearOps for Autodiff<B, C> {
         prologue: Prologue<Self>,
         group: Group<Self>,
         residual: Optional<Self>,
+        values: Values,
     ) -> FloatTensor<Self> {
         let residual = residual.into_option();
         // A parent that there is not has x's node in its place, and never gets a gradient.
@@ -98,11 +100,12 @@ impl<B: LinearBodies, C: CheckpointStrategy> LinearOps for Autodiff<B, C> {
         match ProjectBackward.prepare::<C>(parents).compute_bound().stateful() {
             OpsKind::Tracked(mut prep) => {
                 let id = prep.checkpoint(&x);
-                let y = B::project_forward(x.into_primitive(), prologue.clone(), projections.clone(), residual);
+                let x = x.into_primitive();
+                let y = ops::result_of::<B>(x, prologue.clone(), projections.clone(), residual, values);
                 prep.finish(State { x: id, prologue, projections, has_residual }, y)
             }
             OpsKind::UnTracked(prep) => {
-                prep.finish(B::project_forward(x.into_primitive(), prologue, projections, residual))
+                prep.finish(ops::result_of::<B>(x.into_primitive(), prologue, projections, residual, values))
             }
         }
     }

@@ -23,6 +23,7 @@ use burn::tensor::Tensor;
 pub use ops::{Group, LinearBodies, LinearGrads, LinearOps, LowRank, Optional, Projected, Prologue};
 
 use crate::activation::Gate;
+use crate::checkpoint::Values;
 use crate::rng;
 use crate::weight::FrozenWeight;
 
@@ -98,7 +99,7 @@ pub enum Input {
 /// * `x`: `[…, K]`, or `[…, 2K]` for [`Input::Gated`]
 /// * `projections`: weights `[N_i, K]`
 /// * `residual`: `[…, Σ N_i]`, added to the result
-/// * result: `[…, Σ N_i]`
+/// * result: `[…, Σ N_i]`; zeros where nobody reads `values`
 ///
 /// The result has the dtype of `x`. Gradients flow to `x`, the adapters and the residual. For the backward pass x is
 /// saved and nothing else.
@@ -111,6 +112,7 @@ pub fn project<const D: usize>(
     input: Input,
     projections: &[Projection],
     residual: Option<Tensor<D>>,
+    values: Values,
 ) -> Tensor<D> {
     let dims = x.dims();
     let (rows, columns) = (dims[..D - 1].iter().product::<usize>(), dims[D - 1]);
@@ -136,6 +138,7 @@ pub fn project<const D: usize>(
         prologue,
         Group::of(projections.iter().map(Projected::<Dispatch>::from)),
         residual.map_or(Optional::Absent, |r| Optional::Present(r.reshape([rows, width]).into_dispatch())),
+        values,
     );
     Tensor::<2>::from_dispatch(y).reshape(out)
 }
@@ -169,7 +172,7 @@ impl From<&Projection> for Projected<Dispatch> {
 /// # Panics
 /// When the shapes do not fit, or when `weight` is tracked by autodiff.
 pub fn frozen_linear<const D: usize>(x: Tensor<D>, weight: impl Into<FrozenWeight>) -> Tensor<D> {
-    project(x, Input::Plain, &[Projection { weight: weight.into(), bias: None, adapter: None }], None)
+    project(x, Input::Plain, &[Projection { weight: weight.into(), bias: None, adapter: None }], None, Values::Read)
 }
 
 /// `x Wᵀ + s · dropout(x) Aᵀ Bᵀ`: a frozen weight with a trainable low-rank adapter.
@@ -190,5 +193,5 @@ pub fn lora_linear<const D: usize>(
     dropout: Option<Dropout>,
 ) -> Tensor<D> {
     let adapter = Some(ProjectionAdapter { a, b, path: AdapterPath::new(scale, dropout) });
-    project(x, Input::Plain, &[Projection { weight: weight.into(), bias: None, adapter }], None)
+    project(x, Input::Plain, &[Projection { weight: weight.into(), bias: None, adapter }], None, Values::Read)
 }

@@ -1,8 +1,10 @@
 use burn::backend::tensor::FloatTensor;
-use burn::backend::{Backend, ExtensionType, backend_extension};
+use burn::backend::{Backend, ExtensionType, TensorMetadata, backend_extension};
+use burn::tensor::Shape;
 
 use super::{AdapterPath, generic};
 use crate::activation::Gate;
+use crate::checkpoint::Values;
 use crate::weight::{Weight, WeightOps};
 
 /// A tensor that an operation may have or not.
@@ -125,12 +127,13 @@ pub struct LinearGrads<B: Backend> {
     Cube: cfg(any(feature = "wgpu", feature = "cuda"))
 )]
 pub trait LinearOps: Backend {
-    /// The outputs of the group side by side, `[M, Σ N_i]`, plus the residual.
+    /// The outputs of the group side by side, `[M, Σ N_i]`, plus the residual; zeros where nobody reads them.
     fn project(
         x: FloatTensor<Self>,
         #[extension_type] prologue: Prologue<Self>,
         #[extension_type] group: Group<Self>,
         #[extension_type] residual: Optional<Self>,
+        values: Values,
     ) -> FloatTensor<Self>;
 }
 
@@ -158,6 +161,24 @@ pub trait LinearBodies: WeightOps {
     }
 }
 
+/// The result of [`LinearOps::project`].
+pub(super) fn result_of<B: LinearBodies>(
+    x: FloatTensor<B>,
+    prologue: Prologue<B>,
+    projections: Vec<Projected<B>>,
+    residual: Option<FloatTensor<B>>,
+    values: Values,
+) -> FloatTensor<B> {
+    match values {
+        Values::Read => B::project_forward(x, prologue, projections, residual),
+        Values::Unread => {
+            let [rows, _] = x.shape().dims();
+            let width = projections.iter().map(|projection| projection.weight.dims()[0]).sum();
+            B::float_zeros(Shape::new([rows, width]), &x.device(), x.dtype().into())
+        }
+    }
+}
+
 macro_rules! plain_linear_ops {
     ($backend:ty) => {
         impl LinearOps for $backend {
@@ -166,8 +187,9 @@ macro_rules! plain_linear_ops {
                 prologue: Prologue<Self>,
                 group: Group<Self>,
                 residual: Optional<Self>,
+                values: Values,
             ) -> FloatTensor<Self> {
-                Self::project_forward(x, prologue, group.into_vec(), residual.into_option())
+                result_of::<Self>(x, prologue, group.into_vec(), residual.into_option(), values)
             }
         }
     };

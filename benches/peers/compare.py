@@ -76,6 +76,8 @@ def parse_arguments():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6, help="steps of a process in a, b and d; the first is not timed")
     parser.add_argument("--compile", action="store_true", help="also compiled PEFT, whose first step takes minutes")
+    parser.add_argument("--limit", action="store_true",
+                        help="also the step that the machine's GEMM rate allows in a, b and d: no trainer can be faster")
     parser.add_argument("--weights", choices=["auto", "f32", "bf16"], default="auto",
                         help="how emberlora stores the frozen weights; auto: as the files do")
     parser.add_argument("--checkpointing", default="block", help="emberlora's strategy in the -ckpt cases")
@@ -122,22 +124,34 @@ def reported(command):
     return result
 
 
+def limit(command):
+    """The fastest step there can be: the operations that it needs at the rate of the machine's GEMM, measured now."""
+    result = reported([*command, "--limit"])
+    rate = statistics.mean(result["gemm_gflop_per_second"])
+    result["seconds"] = result["gflop"]["total"] / rate
+    result["tokens_per_second"] = result["rows"] * result["seq"] / result["seconds"]
+    result["start_to_first_step"] = None
+    return result
+
+
 def step_contenders(case, args, programs, adapter):
     (rows, seq), checkpointed = SHAPES[case[0]], case.endswith("-ckpt")
     shared = ["--model", args.model, "--adapter", adapter, "--rows", rows, "--seq", seq, "--steps", args.steps]
     strategy = args.checkpointing if checkpointed else "none"
     ours = lambda weights: [programs["step"], *shared, "--weights", weights, "--checkpointing", strategy]
     peft = [sys.executable, HERE / "peft_step.py", *shared, *(["--ckpt"] if checkpointed else [])]
+    limits = [Contender("GEMM limit", lambda: limit(ours(args.weights)), same_base=False)] if args.limit else []
     if case.startswith("d"):
         return [
             Contender(OURS, lambda: reported(ours("nf4"))),
             Contender(f"{OURS}, {args.weights}", lambda: reported(ours(args.weights)), same_base=False),
             Contender("PEFT", lambda: reported([*peft, "--nf4"])),
+            *limits,
         ]
     contenders = [Contender(OURS, lambda: reported(ours(args.weights))), Contender("PEFT", lambda: reported(peft))]
     if args.compile and not checkpointed:
         contenders.append(Contender("PEFT, compiled", lambda: reported([*peft, "--compile"])))
-    return contenders
+    return contenders + limits
 
 
 def chat_rows(args, scratch):
@@ -201,8 +215,9 @@ def alternate(case, contenders, args):
         for contender in contenders:
             result = contender.run()
             results[contender.name].append(result)
-            print(f"{case} {number + 1}/{args.rounds} {contender.name}: {result['tokens_per_second']:.1f} tokens/s, "
-                  f"{result['peak_memory_bytes'] / MIB:.0f} MiB", file=sys.stderr)
+            peak = result["peak_memory_bytes"]
+            print(f"{case} {number + 1}/{args.rounds} {contender.name}: {result['tokens_per_second']:.1f} tokens/s"
+                  + (f", {peak / MIB:.0f} MiB" if peak else ""), file=sys.stderr)
             if args.raw:
                 with args.raw.open("a") as file:
                     file.write(json.dumps({"case": case, "contender": contender.name, **result}) + "\n")
@@ -230,16 +245,23 @@ def same_tokens(case, results, _):
 
 
 def print_rows(case, results):
-    """A row per contender, and by how much emberlora differs from it."""
+    """A row per contender, and by how much emberlora differs from it. What a contender has not is a dash."""
     keys = ("tokens_per_second", "peak_memory_bytes", "start_to_first_step", "seconds")
-    medians = {name: [statistics.median(result[key] for result in measured) for key in keys]
+    medians = {name: [median([result[key] for result in measured]) for key in keys]
                for name, measured in results.items()}
     our_speed, our_memory, our_start, _ = medians[OURS]
+    shown = lambda value, digits, unit="": "–" if value is None else f"{value:.{digits}f}{unit}"
     for name, (speed, memory, start, seconds) in medians.items():
-        ratios = ["–"] * 3
+        ratios = [None] * 3
         if name != OURS:
-            ratios = [f"{our_speed / speed:.2f} ×", f"{our_memory / memory:.3f} ×", f"{start / our_start:.1f} ×"]
-        print_row([case, name, f"{speed:.0f}", f"{memory / MIB:.0f}", f"{start:.2f}", f"{seconds:.2f}", *ratios])
+            ratios = [our_speed / speed, memory and our_memory / memory, start and start / our_start]
+        figures = [(speed, 0), (memory and memory / MIB, 0), (start, 2), (seconds, 2)]
+        ratios = [shown(ratio, digits, " ×") for ratio, digits in zip(ratios, (2, 3, 1))]
+        print_row([case, name, *(shown(value, digits) for value, digits in figures), *ratios])
+
+
+def median(values):
+    return None if None in values else statistics.median(values)
 
 
 def print_row(cells):

@@ -1,9 +1,11 @@
 //! What can be typed: the arguments as clap reads them, with no effect of their own.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand};
+use emberlora_config::DeviceChoice;
 use emberlora_model::FloatDtype;
 use emberlora_quant::{BlockSize, QuantKind};
 
@@ -37,6 +39,8 @@ pub(crate) enum Command {
     Merge(MergeArgs),
     /// List what this build can compute on, and what `device: auto` takes
     Devices(DevicesArgs),
+    /// Host devices of this machine for runs elsewhere
+    Serve(ServeArgs),
     /// Check, show and document recipes
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -198,6 +202,24 @@ pub(crate) struct MergeArgs {
     pub(crate) dtype: Option<FloatDtype>,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    /// A device to host, as recipes name it; given several times, clients count them from 0
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub(crate) device: Vec<DeviceChoice>,
+    /// The address to listen on; port 0 finds a free one. The connection is not encrypted: across machines, listen on
+    /// the loopback address and tunnel (`ssh -L`)
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:4000")]
+    pub(crate) listen: SocketAddr,
+    /// Read the token that clients must present from FILE, instead of from EMBERLORA_TOKEN. Without either one is made
+    /// up and printed
+    #[arg(long, value_name = "FILE")]
+    pub(crate) token_file: Option<PathBuf>,
+    /// Serve every process of this machine that asks
+    #[arg(long, conflicts_with = "token_file")]
+    pub(crate) no_token: bool,
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum ConfigCommand {
     /// Report everything that is wrong with a recipe
@@ -278,6 +300,21 @@ mod tests {
     fn a_question_is_asked_in_exactly_one_way() {
         assert!(parse("emberlora generate --recipe a").is_err());
         assert!(parse("emberlora generate --recipe a --prompt x --chat y").is_err());
+    }
+
+    #[test]
+    fn a_server_hosts_the_devices_it_is_given_and_asks_for_a_token() {
+        let serve = |line: &str| match parse(line).map(|cli| cli.command) {
+            Ok(Command::Serve(args)) => Some((args.device, args.listen.to_string(), args.no_token)),
+            _ => None,
+        };
+        assert_eq!(serve("emberlora serve"), Some((vec![DeviceChoice::Auto], "127.0.0.1:4000".to_owned(), false)));
+        let cuda = |index| DeviceChoice::Cuda(Some(index));
+        let two = serve("emberlora serve --device cuda:0 --device cuda:1 --listen [::1]:0 --no-token");
+        assert_eq!(two, Some((vec![cuda(0), cuda(1)], "[::1]:0".to_owned(), true)));
+        for wrong in ["--device gpu", "--listen here", "--no-token --token-file f"] {
+            assert_eq!(serve(&format!("emberlora serve {wrong}")), None, "{wrong}");
+        }
     }
 
     #[test]

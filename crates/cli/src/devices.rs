@@ -23,7 +23,7 @@ pub(crate) fn run(args: &DevicesArgs, out: &mut dyn Write) -> anyhow::Result<()>
 
 /// Says which device was taken where that was left open, and warns of one that is only good for tests.
 pub(crate) fn announce(chosen: &ChosenDevice, terminal: &Terminal) {
-    let choice = chosen.choice;
+    let choice = &chosen.choice;
     if let Some(reason) = &chosen.reason {
         terminal.say(format!("device auto: {choice} ({reason})"));
     }

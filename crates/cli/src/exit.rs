@@ -8,7 +8,7 @@ use emberlora_config::ConfigError;
 use emberlora_data::{DataError, TemplateError, TokenizerError};
 use emberlora_model::export::ExportError;
 use emberlora_model::generate::GenerateError;
-use emberlora_train::{PrepareError, TrainError};
+use emberlora_train::{PrepareError, ServeError, TrainError};
 
 /// Something failed while running.
 pub(crate) const FAILED: u8 = 1;
@@ -55,7 +55,8 @@ fn verdict(cause: &(dyn Error + 'static)) -> Option<u8> {
     }
     let prepare = cause.downcast_ref::<PrepareError>().map(PrepareError::is_wrong_input);
     let train = || cause.downcast_ref::<TrainError>().map(TrainError::is_wrong_input);
-    if let Some(wrong) = prepare.or_else(train) {
+    let serve = || cause.downcast_ref::<ServeError>().map(ServeError::is_wrong_input);
+    if let Some(wrong) = prepare.or_else(train).or_else(serve) {
         return Some(if wrong { WRONG } else { FAILED });
     }
     let wrong = cause.is::<WrongInput>()

@@ -18,6 +18,7 @@ mod merge;
 mod progress;
 mod quantize;
 mod sample;
+mod serve;
 mod stop;
 mod terminal;
 mod train;
@@ -57,6 +58,7 @@ fn run(cli: &Cli, terminal: &Terminal, out: &mut dyn Write) -> anyhow::Result<u8
         Command::Quantize(args) => quantize::run(args, terminal, out)?,
         Command::Merge(args) => return merge::run(args, terminal, out),
         Command::Devices(args) => devices::run(args, out)?,
+        Command::Serve(args) => serve::run(args, out)?,
         Command::Config(command) => config::run(command, out)?,
     }
     Ok(0)

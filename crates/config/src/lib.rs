@@ -29,6 +29,7 @@ mod macros;
 mod adapter;
 mod choices;
 mod data;
+mod device;
 mod error;
 mod model;
 mod node;
@@ -44,8 +45,9 @@ use std::path::Path;
 use serde_json::json;
 
 pub use self::adapter::{AdapterKind, AdapterSection, Exclude, Targets, TaskType};
-pub use self::choices::{DeviceChoice, GradientCheckpointing};
+pub use self::choices::GradientCheckpointing;
 pub use self::data::{ChatTemplateChoice, DataFormat, DataSection, DataSource, LossOn, Overflow, SharePrefix};
+pub use self::device::{DeviceChoice, DeviceChoiceError, Devices, RemoteAddress};
 pub use self::error::{ConfigError, Place, Problem};
 pub use self::model::{Attention, Dtype, ModelSection};
 pub use self::quantization::{QuantizationKind, QuantizationSection};

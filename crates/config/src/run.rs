@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use crate::adapter::AdapterSection;
-use crate::choices::{CheckpointingSpec, DeviceChoice, DeviceSpec, GradientCheckpointing};
+use crate::choices::{CheckpointingSpec, GradientCheckpointing};
 use crate::data::DataSection;
+use crate::device::{DeviceChoice, Devices, DevicesSpec};
 use crate::model::ModelSection;
 use crate::node::Node;
 use crate::quantization::{QuantizationSection, QuantizationSpec};
@@ -35,14 +36,34 @@ section! {
         /// Where tensors live, among what `emberlora devices` lists. `auto` is the first CUDA device, else the first wgpu
         /// adapter with a GPU behind it, else flex; never a software adapter and never ndarray. `wgpu:1` and `cuda:0` pick
         /// one of several. What is not compiled in or not found is an error that says which feature or driver is missing.
-        device: DeviceChoice = value(DeviceChoice::Auto) => DeviceSpec;
+        /// `remote://HOST:PORT` is the device that an `emberlora serve` elsewhere hosts, `remote://HOST:PORT/1` its second
+        /// one. The micro-batches of a step are divided among the devices of a list, which changes its numbers by rounding
+        /// only; the first one also updates the adapters, evaluates and generates.
+        device: Devices = value(DeviceChoice::Auto.into()) => DevicesSpec;
         /// Every random number of the run follows from it.
         seed: u64 = value(42) => whole();
     }
-    check check_evaluation;
+    check check_run;
 }
 
-fn check_evaluation(run: &mut RunConfig, node: &Node, reader: &mut Reader<'_>) {
+fn check_run(run: &mut RunConfig, node: &Node, reader: &mut Reader<'_>) {
+    check_evaluation(run, node, reader);
+    check_devices(run, node, reader);
+}
+
+fn check_devices(run: &RunConfig, node: &Node, reader: &mut Reader<'_>) {
+    let (devices, micro_batches) = (run.device.all().len(), run.train.grad_accumulation);
+    if devices > micro_batches {
+        reader.conflict(
+            node,
+            "train.grad_accumulation",
+            &format!("{devices} devices share the {micro_batches} of a step's micro-batches, so some would have none"),
+            &format!("{devices} or more, best a multiple of it; lower `train.batch_size` to keep the batch of a step"),
+        );
+    }
+}
+
+fn check_evaluation(run: &RunConfig, node: &Node, reader: &mut Reader<'_>) {
     // A list with a mistake in it reads as no rows at all, so what was written decides.
     let eval = node.get("data").and_then(|data| data.get("eval"));
     if run.train.eval_every.is_some() && eval.is_none_or(|eval| eval.is_null() || eval.is_empty_list()) {

@@ -239,6 +239,24 @@ fn devices_with_a_bad_number_are_refused() {
 }
 
 #[test]
+fn addresses_that_name_no_server_are_refused() {
+    for address in ["", "gpu", ":4000", "gpu:0", "gpu:65536", "gpu:4000/", "gpu:4000/x", "a b:1", "::1:4000", "[x]:1"] {
+        refused(&format!("device={:?}", format!("remote://{address}")), "device", "remote://HOST:PORT");
+    }
+}
+
+#[test]
+fn lists_of_devices_that_make_no_sense_are_refused() {
+    refused("device=[]", "device", "or a list of them");
+    refused("device=[cuda:0, cuda:x]", "device[1]", "cuda:N");
+    refused("device=[cuda:0, auto]", "device[1]", "cuda:N");
+    refused("device=[flex, cuda:0, flex]", "device[2]", "cuda:N");
+    let problem = only(MINIMAL, &["device=[cuda:0, cuda:1, cuda:2]", "train.grad_accumulation=2"]);
+    assert_eq!(problem.key, "train.grad_accumulation");
+    assert!(problem.to_string().contains("3 or more"), "{problem}");
+}
+
+#[test]
 fn a_quantization_that_is_no_section_is_refused() {
     for value in ["nf4", "4", "false", "[nf4]"] {
         refused(&format!("quantization={value}"), "quantization", "kind, double_quant, block_size, skip, threshold");

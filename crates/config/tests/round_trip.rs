@@ -202,11 +202,18 @@ fn run() -> impl Strategy<Value = RunConfig> {
         Just(DeviceChoice::NdArray),
         option::of(any::<usize>()).prop_map(DeviceChoice::Wgpu),
         option::of(any::<usize>()).prop_map(DeviceChoice::Cuda),
+        ("[a-z][a-z0-9.-]{0,8}", 1..=u16::MAX, any::<usize>())
+            .prop_map(|(host, port, index)| DeviceChoice::Remote(RemoteAddress { host, port, index })),
+    ];
+    let devices = prop_oneof![
+        device.prop_map(Devices::from),
+        (1..4usize).prop_map(|count| (0..count).map(|index| DeviceChoice::Cuda(Some(index))).collect()),
     ];
     let frozen = (model(), option::of(quantization()));
-    (frozen, adapter(), checkpointing, data(), train(), (file(), device, any::<u64>())).prop_map(
+    (frozen, adapter(), checkpointing, data(), train(), (file(), devices, any::<u64>())).prop_map(
         |((model, quantization), adapter, gradient_checkpointing, data, mut train, (output, device, seed))| {
             train.eval_every = train.eval_every.filter(|_| !data.eval.is_empty());
+            train.grad_accumulation = train.grad_accumulation.max(device.all().len());
             RunConfig { model, adapter, quantization, gradient_checkpointing, data, train, output, device, seed }
         },
     )

@@ -201,6 +201,7 @@ fn warm_up_is_a_ratio_or_a_number_of_steps() {
 
 #[test]
 fn devices_are_named_with_an_optional_number() {
+    let remote = |host: &str, index| DeviceChoice::Remote(RemoteAddress { host: host.to_owned(), port: 4000, index });
     for (value, expected) in [
         ("auto", DeviceChoice::Auto),
         ("flex", DeviceChoice::Flex),
@@ -209,11 +210,23 @@ fn devices_are_named_with_an_optional_number() {
         ("wgpu:1", DeviceChoice::Wgpu(Some(1))),
         ("cuda", DeviceChoice::Cuda(None)),
         ("cuda:0", DeviceChoice::Cuda(Some(0))),
+        ("remote://gpu-1.local:4000", remote("gpu-1.local", 0)),
+        ("remote://127.0.0.1:4000/2", remote("127.0.0.1", 2)),
+        ("remote://[::1]:4000", remote("[::1]", 0)),
     ] {
-        let device = with(&[&format!("device={value}")]).device;
-        assert_eq!(device, expected);
+        let device = with(&[&format!("device={value:?}")]).device;
+        assert_eq!(device.all(), std::slice::from_ref(&expected));
         assert_eq!(device.to_string(), value);
+        assert_eq!(value.parse(), Ok(expected));
     }
+}
+
+#[test]
+fn several_devices_share_the_micro_batches_of_a_step() {
+    let config = with(&["device=[cuda:0, remote://gpu:4000]", "train.grad_accumulation=2"]);
+    assert_eq!(config.device.first(), &DeviceChoice::Cuda(Some(0)));
+    assert_eq!(config.device.to_string(), "cuda:0, remote://gpu:4000");
+    assert_eq!(with(&["device=[auto]"]).device, DeviceChoice::Auto.into());
 }
 
 #[test]

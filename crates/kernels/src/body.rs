@@ -16,6 +16,8 @@ macro_rules! plain_backends {
         impl $ops for burn_ndarray::NdArray {}
         #[cfg(any(feature = "wgpu", feature = "cuda"))]
         impl $ops for burn::backend::Cube {}
+        #[cfg(feature = "remote")]
+        impl $ops for burn::backend::Remote {}
     };
 }
 pub(crate) use plain_backends;

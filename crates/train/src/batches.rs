@@ -3,10 +3,9 @@
 use std::sync::mpsc::SyncSender;
 
 use emberlora_data::{Batch, Dataset};
-use emberlora_model::Uploader;
 
 use crate::TrainError;
-use crate::upload::Uploaded;
+use crate::upload::{Uploaded, Uploaders};
 
 /// Batches, epoch by epoch. A run lays them out on a thread of their own.
 pub trait Batches: Sync {
@@ -52,12 +51,12 @@ pub(crate) struct Group {
     pub epochs: f64,
 }
 
-/// Brings the groups of all epochs to the device and sends them in their order, until nobody takes them any more, an epoch
+/// Brings the groups of all epochs to the devices and sends them in their order, until nobody takes them any more, an epoch
 /// has none or the model cannot read one.
 pub(crate) fn lay_out(
     train: &dyn Batches,
     grad_accumulation: usize,
-    uploader: &Uploader,
+    uploaders: &Uploaders,
     groups: &SyncSender<Result<Group, TrainError>>,
 ) {
     for epoch in 0.. {
@@ -71,7 +70,7 @@ pub(crate) fn lay_out(
         while batches.len() > 0 {
             let group: Vec<Batch> = batches.by_ref().take(grad_accumulation).collect();
             let epochs = epoch as f64 + (count - batches.len()) as f64 / count as f64;
-            let group = Uploaded::new(uploader, &group).map(|uploaded| Group { uploaded, epochs });
+            let group = Uploaded::new(uploaders, &group).map(|uploaded| Group { uploaded, epochs });
             let failed = group.is_err();
             if groups.send(group).is_err() || failed {
                 return;

@@ -63,7 +63,7 @@ impl<'a> Comparing<'a> {
     /// # Errors
     /// A device that is not there, and rows that cannot be read.
     pub fn prepare(config: &'a RunConfig, base: &'a Base) -> Result<Self, PrepareError> {
-        let device = device::choose(&config.device)?;
+        let device = device::choose(config.device.first())?;
         device.weight_dtype(config.model.dtype)?;
         device.compute_dtype(config.model.compute_dtype)?;
         let (prompts, from_recipe) = prompts(config, base)?;

@@ -55,8 +55,10 @@ pub enum TrainError {
         source: InputError,
     },
     /// The device could not compute or hand back a value.
-    #[error("the device failed: {message}")]
+    #[error("{}", device_failed(device.as_deref(), message))]
     Device {
+        /// Which one, as recipes name it, where that is known.
+        device: Option<String>,
         /// What it says.
         message: String,
     },
@@ -106,6 +108,14 @@ pub enum TrainError {
 }
 
 impl TrainError {
+    /// The same with the device that failed, where it is not named yet.
+    pub(crate) fn on(self, name: &str) -> Self {
+        match self {
+            Self::Device { device: None, message } => Self::Device { device: Some(name.to_owned()), message },
+            named => named,
+        }
+    }
+
     /// Whether a recipe or its data is to blame, so that trying again changes nothing.
     pub fn is_wrong_input(&self) -> bool {
         match self {
@@ -121,6 +131,17 @@ impl TrainError {
             | Self::Save { .. }
             | Self::Io { .. } => false,
         }
+    }
+}
+
+fn device_failed(device: Option<&str>, message: &str) -> String {
+    match device {
+        None => format!("the device failed: {message}"),
+        Some(remote) if remote.starts_with("remote://") => format!(
+            "the server {remote} does not answer any more ({message}); what it says itself tells why. The adapter is the \
+             one that was written last"
+        ),
+        Some(device) => format!("the device {device} failed: {message}"),
     }
 }
 

@@ -12,6 +12,8 @@
 //! | see how far a merged model is from its adapter | [`Comparing`] |
 //! | load a model and its adapter as a recipe says | [`Base`], [`LoadedModel`] |
 //! | open a device by name, list those that there are | [`device::choose`], [`device::found`] |
+//! | divide the steps among several devices | [`Trainer::spread`] |
+//! | host devices for others | [`Server`] |
 
 mod adapter;
 mod batches;
@@ -28,8 +30,11 @@ mod prepare;
 mod process;
 pub mod provenance;
 mod quantization;
+mod remote;
+mod replicas;
 mod run;
 mod schedule;
+mod serve;
 mod state;
 mod trainer;
 mod upload;
@@ -48,7 +53,10 @@ pub use prepare::{Base, LoadedModel, PrepareError, Reporter};
 pub use process::peak_memory_bytes;
 pub use provenance::Provenance;
 pub use quantization::quantization_options;
+pub use remote::{RemoteError, TOKEN, Token};
+pub use replicas::Replica;
 pub use run::Run;
 pub use schedule::{Decay, LrSchedule, warmup_steps};
+pub use serve::{ServeError, Server};
 pub use state::{StepGradients, StepOutcome, TrainState};
 pub use trainer::{AdapterWriter, Trained, Trainer};

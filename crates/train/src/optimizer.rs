@@ -132,7 +132,7 @@ impl AdamW {
 
 /// Puts in the place of every A and B what `f` makes of it. `f` is given the tensor outside of autodiff and without
 /// another handle on it (unless the caller has one), so that it can be changed where it lies.
-fn for_each_factor(model: &mut impl Projections, mut f: impl FnMut(ParamId, Tensor<2>) -> Tensor<2>) {
+pub(crate) fn for_each_factor(model: &mut impl Projections, mut f: impl FnMut(ParamId, Tensor<2>) -> Tensor<2>) {
     // Stands in for a parameter while its value is away.
     let mut hollow = None;
     model.visit_projections(&mut |_, linear| {

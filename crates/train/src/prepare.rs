@@ -100,6 +100,7 @@ impl PrepareError {
     pub fn is_wrong_input(&self) -> bool {
         match self {
             Self::Hub(HubError::Connection { .. } | HubError::Incomplete { .. }) | Self::Hash { .. } => false,
+            Self::Device(DeviceError::Remote(error)) => !error.may_pass(),
             Self::Train(error) => error.is_wrong_input(),
             _ => true,
         }
@@ -183,13 +184,25 @@ pub struct LoadedModel {
 }
 
 impl LoadedModel {
-    /// Loads the model and the adapters that `choice` names.
+    /// Loads the model and the adapters that `choice` names, on the first device of the recipe.
     ///
     /// # Errors
     /// Device and formats are looked at first, then the model, then the adapter.
     pub fn load(config: &RunConfig, base: &Base, choice: AdapterChoice<'_>) -> Result<Self, PrepareError> {
+        Self::load_on(device::choose(config.device.first())?, config, base, choice)
+    }
+
+    /// As [`load`](Self::load), on `device`.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load_on(
+        device: ChosenDevice,
+        config: &RunConfig,
+        base: &Base,
+        choice: AdapterChoice<'_>,
+    ) -> Result<Self, PrepareError> {
         let ModelSection { source: _, revision: _, dtype, compute_dtype, attention } = &config.model;
-        let device = device::choose(&config.device)?;
         let attention = match attention {
             Attention::Fused => AttentionKind::Fused,
             Attention::Eager => AttentionKind::Eager,

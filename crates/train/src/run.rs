@@ -15,7 +15,8 @@ use crate::prepare::{Base, LoadedModel, PrepareError, Reporter};
 use crate::provenance::{AdapterProvenance, ModelProvenance, PackedProvenance, Versions};
 use crate::quantization::quantization_section;
 use crate::{
-    AdapterWriter, Batches, Listener, Provenance, RunFiles, Seeded, TrainError, TrainOptions, Trained, Trainer, device,
+    AdapterWriter, Batches, ChosenDevice, Listener, Provenance, Replica, RunFiles, Seeded, TrainError, TrainOptions,
+    Trained, Trainer, device,
 };
 
 /// Everything that a recipe asks for, loaded and checked: what is left is to train.
@@ -26,6 +27,8 @@ pub struct Run {
     pub base: Base,
     /// The model with its adapters.
     pub model: LoadedModel,
+    /// Its copies on the further devices of the recipe.
+    pub replicas: Vec<Replica>,
     /// The adapters.
     pub adapter: AttachedAdapter,
     /// What is trained on.
@@ -58,11 +61,15 @@ impl Run {
         } = config;
         lora_options(adapter_section, *seed)?.check()?;
         RunFiles::check(output)?;
-        let chosen = device::choose(device)?;
-        if chosen.compute_dtype(model_section.compute_dtype)? == FloatDtype::F16 {
+        let devices = device::choose_all(device)?;
+        let compute_dtype = devices[0].compute_dtype(model_section.compute_dtype)?;
+        if compute_dtype == FloatDtype::F16 {
             return Err(PrepareError::HalfTraining);
         }
-        chosen.weight_dtype(model_section.dtype)?;
+        for device in &devices {
+            device.compute_dtype(device::recipe_dtype(compute_dtype))?;
+            device.weight_dtype(model_section.dtype)?;
+        }
 
         let base = Base::resolve(config, reporter)?;
         let train = base.dataset(DataOptions::train(config), reporter, "train")?;
@@ -70,7 +77,7 @@ impl Run {
             true => None,
             false => Some(base.dataset(DataOptions::eval(config), reporter, "eval")?),
         };
-        let mut model = LoadedModel::load(config, &base, AdapterChoice::Recipe)?;
+        let mut model = LoadedModel::load_on(devices[0].clone(), config, &base, AdapterChoice::Recipe)?;
         let adapter = model.adapter.take().ok_or(PrepareError::NoAdapter)?;
         for dataset in [Some(&train), eval.as_ref()].into_iter().flatten() {
             model.check_vocabulary(dataset.documents())?;
@@ -80,10 +87,18 @@ impl Run {
             tracing::warn!("data.max_seq_len is {longest}, but the model was trained on positions below {trained_for}");
         }
 
-        let config = resolved(config, &base, &model, &train.report, eval.as_ref().map(|data| &data.report));
+        let mut of_copies = config.clone();
+        of_copies.model.compute_dtype = device::recipe_dtype(compute_dtype);
+        let replicas = devices[1..].iter().map(|device| {
+            let copy = LoadedModel::load_on(device.clone(), &of_copies, &base, AdapterChoice::Recipe)?;
+            Ok(Replica::new(copy.model, device.choice.to_string()))
+        });
+        let replicas = replicas.collect::<Result<Vec<_>, PrepareError>>()?;
+
+        let config = resolved(config, &devices, &base, &model, &train.report, eval.as_ref().map(|data| &data.report));
         let provenance = Provenance {
             versions: Versions::default(),
-            device: chosen.choice.to_string(),
+            device: config.device.to_string(),
             seed: *seed,
             model: ModelProvenance {
                 source: model_section.source.clone(),
@@ -111,7 +126,7 @@ impl Run {
             train: train.report.clone(),
             eval: eval.as_ref().map(|dataset| dataset.report.clone()),
         };
-        Ok(Self { config, base, model, adapter, train, eval, provenance })
+        Ok(Self { config, base, model, replicas, adapter, train, eval, provenance })
     }
 
     /// Trains, telling `listeners` and writing the files of the run into the recipe's `output`.
@@ -145,6 +160,7 @@ impl Run {
                 output.join(ADAPTER),
             )),
         )?;
+        let trainer = trainer.spread(self.model.device.choice.to_string(), self.replicas.clone())?;
         // When nothing but training can fail any more, so that a failed start does not take the directory.
         let mut files = RunFiles::create(output, &self.provenance.annotate(&self.config.to_yaml()), &self.provenance)?;
         let mut all: Vec<&mut dyn Listener> = vec![&mut files];
@@ -158,6 +174,7 @@ impl Run {
 /// The recipe with what was found filled in for what it left open.
 fn resolved(
     config: &RunConfig,
+    devices: &[ChosenDevice],
     base: &Base,
     model: &LoadedModel,
     train: &DataReport,
@@ -169,7 +186,7 @@ fn resolved(
     let found = || model.report.quantization.as_ref().and_then(quantization_section);
     config.quantization = config.quantization.take().or_else(found);
     config.model.compute_dtype = device::recipe_dtype(model.model.compute_dtype());
-    config.device = model.device.choice;
+    config.device = devices.iter().map(|device| device.choice.clone()).collect();
     fill_formats(&mut config.data.train, train);
     if let Some(eval) = eval {
         fill_formats(&mut config.data.eval, eval);

@@ -1,16 +1,18 @@
 //! One optimizer step: micro-batches to gradients, gradients to clipped gradients, clipped gradients to parameters.
 
+use std::thread;
 use std::time::Instant;
 
 use burn::optim::{GradientsAccumulator, GradientsParams};
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Tensor, TensorData};
 use emberlora_data::{Batch, RowRef};
 use emberlora_lora::Pass;
-use emberlora_model::{CausalLm, Uploader};
+use emberlora_model::CausalLm;
 
 use crate::gradients;
 use crate::optimizer::{AdamW, Optimizer};
-use crate::upload::{MicroBatch, Uploaded};
+use crate::replicas::{Replica, adapters_of, guarded};
+use crate::upload::{MicroBatch, Uploaded, Uploaders};
 use crate::{LrSchedule, Quantity, Rows, TrainError};
 
 /// A model under training: its parameters, the optimizer's moments and the place in the schedule.
@@ -18,7 +20,12 @@ use crate::{LrSchedule, Quantity, Rows, TrainError};
 /// This is the lower level of the library: [`TrainState::step`] takes exactly the batches it is given.
 pub struct TrainState {
     model: CausalLm,
-    uploader: Uploader,
+    /// The copies on further devices; their adapters are the model's.
+    replicas: Vec<Replica>,
+    /// For the model's device and those of the replicas, in this order.
+    uploaders: Uploaders,
+    /// The device of the model, as errors name it.
+    device: Option<String>,
     optimizer: Optimizer,
     schedule: LrSchedule,
     max_grad_norm: Option<f64>,
@@ -89,8 +96,35 @@ impl TrainState {
             return Err(TrainError::NothingToTrain);
         }
         let optimizer = Optimizer::new(optimizer);
-        let (uploader, factor, unread) = (model.uploader(), None, Vec::new());
-        Ok(Self { model, uploader, optimizer, schedule, max_grad_norm, seed, steps: 0, factor, unread, reads: 0 })
+        let uploaders = vec![model.uploader()];
+        Ok(Self {
+            model,
+            replicas: Vec::new(),
+            uploaders,
+            device: None,
+            optimizer,
+            schedule,
+            max_grad_norm,
+            seed,
+            steps: 0,
+            factor: None,
+            unread: Vec::new(),
+            reads: 0,
+        })
+    }
+
+    /// Divides the micro-batches of every step among the model's own device, which errors will name `device`, and those
+    /// of `replicas`, each of which takes over the model's adapters. A gradient is the same but for the order in which
+    /// its parts are added. With replicas every step waits for all devices.
+    ///
+    /// # Errors
+    /// [`TrainError::Device`] with the device that failed.
+    pub fn spread(mut self, device: String, replicas: Vec<Replica>) -> Result<Self, TrainError> {
+        self.uploaders.truncate(1);
+        self.uploaders.extend(replicas.iter().map(Replica::uploader));
+        (self.device, self.replicas) = (Some(device), replicas);
+        self.hand_on()?;
+        Ok(self)
     }
 
     /// The model as it is now.
@@ -147,24 +181,24 @@ impl TrainState {
     /// A step whose loss or gradient is not finite changes nothing, and neither does any step after it.
     ///
     /// # Errors
-    /// [`TrainError::Input`].
+    /// [`TrainError::Input`]; with [replicas](Self::spread), which are waited for, [`TrainError::Device`].
     pub fn enqueue(&mut self, micro_batches: &[Batch]) -> Result<bool, TrainError> {
-        let uploaded = Uploaded::new(&self.uploader, micro_batches)?;
-        Ok(self.enqueue_uploaded(uploaded))
+        let uploaded = Uploaded::new(&self.uploaders, micro_batches)?;
+        self.enqueue_uploaded(uploaded)
     }
 
-    /// What brings micro-batches to this model's device.
-    pub(crate) fn uploader(&self) -> Uploader {
-        self.uploader.clone()
+    /// What brings micro-batches to the devices that share a step.
+    pub(crate) fn uploaders(&self) -> Uploaders {
+        self.uploaders.clone()
     }
 
-    /// As [`TrainState::enqueue`], with micro-batches that are on the device already.
-    pub(crate) fn enqueue_uploaded(&mut self, uploaded: Uploaded) -> bool {
+    /// As [`TrainState::enqueue`], with micro-batches that are on their devices already.
+    pub(crate) fn enqueue_uploaded(&mut self, uploaded: Uploaded) -> Result<bool, TrainError> {
         let start = Instant::now();
         let (before, lr) = (self.steps, self.schedule.lr(self.steps));
-        let gradients = self.gradients_of(&uploaded);
+        let gradients = self.gradients_of(&uploaded)?;
         self.steps += 1;
-        let Some(StepGradients { losses, grads }) = gradients else { return false };
+        let Some(StepGradients { losses, grads }) = gradients else { return Ok(false) };
         let squared_norm = gradients::squared_norm(&self.model, &grads).unwrap_or_else(|| losses.zeros_like().sum());
         let factor = gradients::factor(&losses, &squared_norm, self.max_grad_norm, self.factor.as_ref());
         self.optimizer.update(&mut self.model, grads, lr, &factor, before);
@@ -178,7 +212,8 @@ impl TrainState {
             seconds: start.elapsed().as_secs_f64(),
         });
         self.factor = Some(factor);
-        true
+        self.hand_on()?;
+        Ok(true)
     }
 
     /// Reads what came of the steps since the last call, in one transfer, and adds it to `outcomes` in their order.
@@ -193,7 +228,8 @@ impl TrainState {
         }
         let start = Instant::now();
         self.reads += 1;
-        let numbers = read(Tensor::cat(unread.iter().map(|step| step.numbers.clone()).collect(), 0))?;
+        let numbers = read(Tensor::cat(unread.iter().map(|step| step.numbers.clone()).collect(), 0));
+        let numbers = numbers.map_err(|error| self.named(error))?;
         let waited = start.elapsed().as_secs_f64() / unread.len() as f64;
         let mut numbers = numbers.into_iter();
         for (place, step) in unread.iter().enumerate() {
@@ -225,23 +261,74 @@ impl TrainState {
     /// micro-batch in it, so the next [`TrainState::step`] over the same batches has this loss and this gradient.
     ///
     /// # Errors
-    /// [`TrainError::Input`].
+    /// [`TrainError::Input`]; with [replicas](Self::spread) [`TrainError::Device`].
     pub fn gradients(&self, micro_batches: &[Batch]) -> Result<Option<StepGradients>, TrainError> {
-        Ok(self.gradients_of(&Uploaded::new(&self.uploader, micro_batches)?))
+        self.gradients_of(&Uploaded::new(&self.uploaders, micro_batches)?)
     }
 
-    fn gradients_of(&self, uploaded: &Uploaded) -> Option<StepGradients> {
-        let mut losses = Vec::with_capacity(uploaded.micro_batches.len());
+    fn gradients_of(&self, uploaded: &Uploaded) -> Result<Option<StepGradients>, TrainError> {
+        let share = |device: usize| &uploaded.micro_batches[uploaded.shares[device].clone()];
+        let (own, others) = thread::scope(|scope| {
+            let threads: Vec<_> = (self.replicas.iter().zip(1..))
+                .map(|(replica, device)| scope.spawn(move || replica.share(share(device), self.seed, self.steps)))
+                .collect();
+            let own = match threads.is_empty() {
+                true => Ok(backward(&self.model, share(0), self.seed, self.steps)),
+                false => guarded(|| Ok(backward(&self.model, share(0), self.seed, self.steps))),
+            };
+            let join = |thread: thread::ScopedJoinHandle<'_, _>| thread.join().expect("a share catches its panics");
+            (own, threads.into_iter().map(join).collect::<Vec<_>>())
+        });
+        let (mut losses, grads) = own.map_err(|error| self.named(error))?;
         let mut sum = GradientsAccumulator::new();
-        for MicroBatch { index, batch, sources: _ } in &uploaded.micro_batches {
-            // Step and index in one number; neither comes near 2^32.
-            let pass = Pass::train(self.seed, (self.steps as u64) << 32 | index);
-            let loss = self.model.loss_of(batch, &pass);
-            losses.push(loss.clone().inner());
-            sum.accumulate(&self.model, GradientsParams::from_grads(loss.backward(), &self.model));
+        sum.accumulate(&self.model, grads);
+        for other in others {
+            let mut other = other?;
+            let found = std::mem::take(&mut other.losses);
+            if !found.is_empty() {
+                let count = found.len();
+                losses.push(Tensor::from_data(TensorData::new(found, [count]), (&self.model.device(), DType::F32)));
+                sum.accumulate(&self.model, other.upload(&self.model));
+            }
         }
-        (!losses.is_empty()).then(|| StepGradients { losses: Tensor::cat(losses, 0), grads: sum.grads() })
+        Ok((!losses.is_empty()).then(|| StepGradients { losses: Tensor::cat(losses, 0), grads: sum.grads() }))
     }
+
+    /// Gives the replicas the adapters as they are now.
+    fn hand_on(&mut self) -> Result<(), TrainError> {
+        if self.replicas.is_empty() {
+            return Ok(());
+        }
+        let adapters = adapters_of(&self.model).map_err(|error| self.named(error))?;
+        self.replicas.iter_mut().try_for_each(|replica| replica.follow(&adapters))
+    }
+
+    /// `error` with the name of the model's device, where it does not say whose it is.
+    pub(crate) fn named(&self, error: TrainError) -> TrainError {
+        match &self.device {
+            Some(device) => error.on(device),
+            None => error,
+        }
+    }
+}
+
+/// The losses of some of a step's micro-batches, and the sum of their gradients.
+pub(crate) fn backward(
+    model: &CausalLm,
+    micro_batches: &[MicroBatch],
+    seed: u64,
+    step: usize,
+) -> (Vec<Tensor<1>>, GradientsParams) {
+    let mut losses = Vec::with_capacity(micro_batches.len());
+    let mut sum = GradientsAccumulator::new();
+    for MicroBatch { index, batch, sources: _ } in micro_batches {
+        // Step and index in one number; neither comes near 2^32.
+        let pass = Pass::train(seed, (step as u64) << 32 | index);
+        let loss = model.loss_of(batch, &pass);
+        losses.push(loss.clone().inner());
+        sum.accumulate(model, GradientsParams::from_grads(loss.backward(), model));
+    }
+    (losses, sum.grads())
 }
 
 impl Unread {
@@ -263,7 +350,7 @@ pub(crate) fn rows<'a>(sources: impl IntoIterator<Item = &'a RowRef>) -> Rows {
 
 /// Reads a vector back from the device.
 pub(crate) fn read(tensor: Tensor<1>) -> Result<Vec<f64>, TrainError> {
-    let failed = |error: &dyn std::fmt::Display| TrainError::Device { message: error.to_string() };
+    let failed = |error: &dyn std::fmt::Display| TrainError::Device { device: None, message: error.to_string() };
     let data = tensor.cast(DType::F32).try_into_data().map_err(|error| failed(&error))?;
     let numbers = data.try_to_vec::<f32>().map_err(|error| failed(&error))?;
     Ok(numbers.into_iter().map(f64::from).collect())

@@ -14,7 +14,7 @@ use crate::evaluate::evaluate_until;
 use crate::process::seconds_since_start;
 use crate::state::{StepOutcome, rows};
 use crate::{
-    Batches, Evaluation, Event, Length, Listener, RunStarted, StepMetrics, StopReason, Summary, TrainError,
+    Batches, Evaluation, Event, Length, Listener, Replica, RunStarted, StepMetrics, StopReason, Summary, TrainError,
     TrainOptions, TrainState, gradients, peak_memory_bytes,
 };
 
@@ -96,6 +96,15 @@ impl<'a> Trainer<'a> {
         Ok(Self { state, train, eval, options, writer, plan })
     }
 
+    /// Divides the micro-batches of every step among several devices; see [`TrainState::spread`].
+    ///
+    /// # Errors
+    /// [`TrainError::Device`].
+    pub fn spread(mut self, device: String, replicas: Vec<Replica>) -> Result<Self, TrainError> {
+        self.state = self.state.spread(device, replicas)?;
+        Ok(self)
+    }
+
     /// What is known before the first step.
     pub fn plan(&self) -> &RunStarted {
         &self.plan
@@ -136,11 +145,12 @@ impl<'a> Trainer<'a> {
     fn train_to_the_end(&mut self, run: &mut Running<'_, '_>) -> Result<Summary, TrainError> {
         run.tell(Event::RunStarted(self.plan.clone()))?;
         self.evaluate(run, 0.0)?;
-        let (train, grad_accumulation, uploader) = (self.train, self.options.grad_accumulation, self.state.uploader());
+        let (train, grad_accumulation, uploaders) =
+            (self.train, self.options.grad_accumulation, self.state.uploaders());
         thread::scope(|scope| {
             // While one group is trained, the next waits on the device and the one behind it is being laid out.
             let (sender, groups) = sync_channel(1);
-            scope.spawn(move || lay_out(train, grad_accumulation, &uploader, &sender));
+            scope.spawn(move || lay_out(train, grad_accumulation, &uploaders, &sender));
             self.steps(run, groups)
         })
     }
@@ -159,7 +169,7 @@ impl<'a> Trainer<'a> {
             let started_seconds = run.process_age.map(|age| age + run.start.elapsed().as_secs_f64());
             let Group { uploaded, epochs } = groups.recv().expect("the thread that lays out batches panicked")?;
             let skipped = uploaded.micro_batches.is_empty().then(|| rows(&uploaded.sources).0);
-            self.state.enqueue_uploaded(uploaded);
+            self.state.enqueue_uploaded(uploaded)?;
             run.pending.push(match skipped {
                 None => Pending::Step { epoch: epochs, started_seconds, peak_memory_bytes: peak_memory_bytes() },
                 Some(rows) => Pending::Skipped { step: self.state.steps(), rows },
@@ -287,7 +297,8 @@ impl<'a> Trainer<'a> {
 
     fn evaluate(&self, run: &mut Running<'_, '_>, epoch: f64) -> Result<(), TrainError> {
         let Some(batches) = self.eval else { return Ok(()) };
-        let evaluation = evaluate_until(self.state.model(), batches.epoch(0), run.interrupt)?;
+        let evaluation = evaluate_until(self.state.model(), batches.epoch(0), run.interrupt);
+        let evaluation = evaluation.map_err(|error| self.state.named(error))?;
         let Some(evaluation) = evaluation else { return Ok(()) };
         run.eval = [run.eval[0].or(Some(evaluation)), Some(evaluation)];
         run.tell(Event::Eval { step: self.state.steps(), epoch, evaluation })

@@ -60,7 +60,7 @@ fn the_resolved_recipe_leaves_nothing_open_and_runs_again_to_the_same_numbers() 
     assert!(text.contains("# model model.safetensors: sha256 "), "{text}");
     let again = format!("output={}", site.path("again").display());
     let resolved = RunConfig::parse(&text, "config.yaml", &[again]).unwrap();
-    assert_eq!(resolved.device, DeviceChoice::Flex);
+    assert_eq!(resolved.device, DeviceChoice::Flex.into());
     assert_eq!((resolved.model.dtype, resolved.model.compute_dtype), (Dtype::F32, Dtype::F32));
     assert_eq!(resolved.data.train[0].format, DataFormat::Text);
     let (_, second) = train(&resolved);
@@ -120,7 +120,7 @@ fn a_start_that_fails_leaves_the_output_free_for_the_next() {
     struct Full;
     impl Listener for Full {
         fn event(&mut self, _: &Event) -> Result<(), TrainError> {
-            Err(TrainError::Device { message: "full".to_owned() })
+            Err(TrainError::Device { device: None, message: "full".to_owned() })
         }
     }
     let mut run = Run::prepare(&config, &()).unwrap();

@@ -64,7 +64,8 @@ impl AdamWStep {
 #[backend_extension(
     Flex: cfg(feature = "flex"),
     NdArray: cfg(feature = "ndarray"),
-    Cube: cfg(any(feature = "wgpu", feature = "cuda"))
+    Cube: cfg(any(feature = "wgpu", feature = "cuda")),
+    Remote: cfg(feature = "remote")
 )]
 pub trait AdamWOps: Backend {
     /// (p, m, v) after the update; see [`adamw`].

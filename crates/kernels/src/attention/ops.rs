@@ -9,7 +9,8 @@ use crate::body::plain_backends;
     Autodiff,
     Flex: cfg(feature = "flex"),
     NdArray: cfg(feature = "ndarray"),
-    Cube: cfg(any(feature = "wgpu", feature = "cuda"))
+    Cube: cfg(any(feature = "wgpu", feature = "cuda")),
+    Remote: cfg(feature = "remote")
 )]
 pub trait AttentionOps: Backend {
     /// O. `q` `[B, Sq, H, D]`, `k` and `v` `[B, Sk, Hkv, D]`, `spans` `[B, Sk, 2]`.

@@ -43,7 +43,8 @@ pub type SegmentRef = Arc<dyn Segment>;
     Autodiff,
     Flex: cfg(feature = "flex"),
     NdArray: cfg(feature = "ndarray"),
-    Cube: cfg(any(feature = "wgpu", feature = "cuda"))
+    Cube: cfg(any(feature = "wgpu", feature = "cuda")),
+    Remote: cfg(feature = "remote")
 )]
 pub trait CheckpointOps: Backend {
     /// Runs `segment` on `x`. `anchor` is a tracked leaf that is thrown away: it makes the node tracked when `x` is not
@@ -76,6 +77,8 @@ plain_checkpoint_ops!(burn::backend::Flex);
 plain_checkpoint_ops!(burn_ndarray::NdArray);
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 plain_checkpoint_ops!(burn::backend::Cube);
+#[cfg(feature = "remote")]
+plain_checkpoint_ops!(burn::backend::Remote);
 
 impl<B, C> CheckpointOps for Autodiff<B, C>
 where

@@ -31,7 +31,8 @@ const CHUNK_ELEMENTS: usize = 3 << 21;
     Autodiff,
     Flex: cfg(feature = "flex"),
     NdArray: cfg(feature = "ndarray"),
-    Cube: cfg(any(feature = "wgpu", feature = "cuda"))
+    Cube: cfg(any(feature = "wgpu", feature = "cuda")),
+    Remote: cfg(feature = "remote")
 )]
 pub trait CrossEntropyOps: Backend {
     /// The loss `[1]` in f32. `hidden` `[M, E]`, `w` `[V, E]` frozen, `targets` `[M]`, `weights` `[M]` in f32.
@@ -79,6 +80,8 @@ plain_cross_entropy_ops!(burn::backend::Flex);
 plain_cross_entropy_ops!(burn_ndarray::NdArray);
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 plain_cross_entropy_ops!(burn::backend::Cube);
+#[cfg(feature = "remote")]
+plain_cross_entropy_ops!(burn::backend::Remote);
 
 plain_backends!(CrossEntropyBodies);
 

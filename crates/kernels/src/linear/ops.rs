@@ -124,7 +124,8 @@ pub struct LinearGrads<B: Backend> {
     Autodiff,
     Flex: cfg(feature = "flex"),
     NdArray: cfg(feature = "ndarray"),
-    Cube: cfg(any(feature = "wgpu", feature = "cuda"))
+    Cube: cfg(any(feature = "wgpu", feature = "cuda")),
+    Remote: cfg(feature = "remote")
 )]
 pub trait LinearOps: Backend {
     /// The outputs of the group side by side, `[M, Σ N_i]`, plus the residual; zeros where nobody reads them.
@@ -200,5 +201,7 @@ plain_linear_ops!(burn::backend::Flex);
 plain_linear_ops!(burn_ndarray::NdArray);
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 plain_linear_ops!(burn::backend::Cube);
+#[cfg(feature = "remote")]
+plain_linear_ops!(burn::backend::Remote);
 
 crate::body::plain_backends!(LinearBodies);

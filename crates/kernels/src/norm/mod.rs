@@ -27,7 +27,8 @@ use crate::body::plain_backends;
     Autodiff,
     Flex: cfg(feature = "flex"),
     NdArray: cfg(feature = "ndarray"),
-    Cube: cfg(any(feature = "wgpu", feature = "cuda"))
+    Cube: cfg(any(feature = "wgpu", feature = "cuda")),
+    Remote: cfg(feature = "remote")
 )]
 pub trait NormOps: Backend {
     /// y = w ⊙ x · f. `x` `[M, K]`, `w` `[K]` of x's dtype; differentiable in `x`.

@@ -27,7 +27,8 @@ use crate::body::plain_backends;
     Autodiff,
     Flex: cfg(feature = "flex"),
     NdArray: cfg(feature = "ndarray"),
-    Cube: cfg(any(feature = "wgpu", feature = "cuda"))
+    Cube: cfg(any(feature = "wgpu", feature = "cuda")),
+    Remote: cfg(feature = "remote")
 )]
 pub trait RopeOps: Backend {
     /// `x` `[B, S, H, D]`, `cos` and `sin` `[B, S, R/2]` with R ≤ D; the dimensions from R on pass through.

@@ -134,7 +134,8 @@ impl<B: Backend> Weight<B> {
 #[backend_extension(
     Flex: cfg(feature = "flex"),
     NdArray: cfg(feature = "ndarray"),
-    Cube: cfg(any(feature = "wgpu", feature = "cuda"))
+    Cube: cfg(any(feature = "wgpu", feature = "cuda")),
+    Remote: cfg(feature = "remote")
 )]
 pub trait WeightOps: Backend {
     /// The weight in `dtype`, `[N, K]`; its numbers are those in f32, rounded.
@@ -150,3 +151,5 @@ pub trait WeightOps: Backend {
 
 #[cfg(feature = "ndarray")]
 impl WeightOps for burn_ndarray::NdArray {}
+#[cfg(feature = "remote")]
+impl WeightOps for burn::backend::Remote {}

@@ -34,6 +34,8 @@ pub enum Hardware {
     OtherGpu,
     /// A driver that plays a GPU on the processor, such as Mesa's llvmpipe: for tests.
     SoftwareGpu,
+    /// Whatever a server hosts; it does not tell.
+    Remote,
 }
 
 impl Backend {
@@ -112,7 +114,7 @@ impl Hardware {
 
     /// Whether there is a GPU behind it.
     pub const fn is_gpu(self) -> bool {
-        !matches!(self, Self::Cpu | Self::SoftwareGpu)
+        !matches!(self, Self::Cpu | Self::SoftwareGpu | Self::Remote)
     }
 
     /// A few words for people.
@@ -124,6 +126,7 @@ impl Hardware {
             Self::VirtualGpu => "virtual GPU",
             Self::OtherGpu => "GPU",
             Self::SoftwareGpu => "software adapter",
+            Self::Remote => "device of a server",
         }
     }
 }

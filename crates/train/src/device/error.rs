@@ -1,8 +1,10 @@
 //! Why a device or a format cannot be had.
 
+use emberlora_config::DeviceChoice;
 use emberlora_quant::FloatDtype;
 
 use super::Backend;
+use crate::remote::RemoteError;
 
 /// Why a device or a format cannot be had.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -60,6 +62,17 @@ pub enum DeviceError {
         device: String,
         /// The formats that the device has.
         available: Vec<FloatDtype>,
+    },
+    /// The device of a server is not to be had.
+    #[error(transparent)]
+    Remote(#[from] RemoteError),
+    /// Two entries of the recipe's list lead to one device.
+    #[error("`device` names `{first}` twice, the second time as `{second}`; a device cannot share with itself")]
+    Twice {
+        /// The first name.
+        first: DeviceChoice,
+        /// The second one.
+        second: DeviceChoice,
     },
 }
 

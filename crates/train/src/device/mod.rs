@@ -5,12 +5,14 @@ mod error;
 mod found;
 
 use burn::tensor::{DType, Device};
-use emberlora_config::{DeviceChoice, Dtype};
+use emberlora_config::{DeviceChoice, Devices, Dtype};
 use emberlora_quant::FloatDtype;
 
 pub use backend::{Backend, Hardware};
 pub use error::DeviceError;
 pub use found::{FoundDevice, found};
+
+use crate::remote;
 
 /// A device and the choice that leads to it, with nothing left open.
 #[derive(Clone, Debug)]
@@ -33,13 +35,33 @@ pub struct ChosenDevice {
 /// # Errors
 /// When the backend is not compiled in, its driver or the device is missing, or `auto` finds nothing.
 pub fn choose(choice: &DeviceChoice) -> Result<ChosenDevice, DeviceError> {
-    match *choice {
+    match choice {
         DeviceChoice::Auto => preferred(),
         DeviceChoice::Flex => named(Backend::Flex, None),
         DeviceChoice::NdArray => named(Backend::NdArray, None),
-        DeviceChoice::Wgpu(index) => named(Backend::Wgpu, index),
-        DeviceChoice::Cuda(index) => named(Backend::Cuda, index),
+        DeviceChoice::Wgpu(index) => named(Backend::Wgpu, *index),
+        DeviceChoice::Cuda(index) => named(Backend::Cuda, *index),
+        DeviceChoice::Remote(address) => {
+            let device = remote::connect(address)?;
+            Ok(ChosenDevice { device, choice: choice.clone(), hardware: Hardware::Remote, reason: None })
+        }
     }
+}
+
+/// Opens all devices that a recipe names, in its order.
+///
+/// # Errors
+/// When one of them is not to be had, or two are the same.
+pub fn choose_all(devices: &Devices) -> Result<Vec<ChosenDevice>, DeviceError> {
+    let mut chosen: Vec<ChosenDevice> = Vec::with_capacity(devices.all().len());
+    for choice in devices.all() {
+        let next = choose(choice)?;
+        if let Some(same) = chosen.iter().find(|other| other.device == next.device) {
+            return Err(DeviceError::Twice { first: same.choice.clone(), second: choice.clone() });
+        }
+        chosen.push(next);
+    }
+    Ok(chosen)
 }
 
 fn named(backend: Backend, index: Option<usize>) -> Result<ChosenDevice, DeviceError> {
@@ -151,7 +173,7 @@ mod tests {
         if chosen.hardware.is_gpu() {
             return assert!(matches!(chosen.choice, DeviceChoice::Cuda(_) | DeviceChoice::Wgpu(_)));
         }
-        assert_eq!((chosen.choice, chosen.hardware), (DeviceChoice::Flex, Hardware::Cpu));
+        assert_eq!((&chosen.choice, chosen.hardware), (&DeviceChoice::Flex, Hardware::Cpu));
         assert!(!chosen.device.is_autodiff());
         assert_eq!(chosen.compute_dtype(Dtype::Auto), Ok(FloatDtype::F32));
         assert_eq!(chosen.weight_dtype(Dtype::Auto), Ok(None));

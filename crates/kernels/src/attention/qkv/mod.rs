@@ -79,7 +79,8 @@ pub struct RotaryTables<B: Backend> {
     Autodiff,
     Flex: cfg(feature = "flex"),
     NdArray: cfg(feature = "ndarray"),
-    Cube: cfg(any(feature = "wgpu", feature = "cuda"))
+    Cube: cfg(any(feature = "wgpu", feature = "cuda")),
+    Remote: cfg(feature = "remote")
 )]
 pub trait QkvOps: Backend {
     /// O `[B, S, H · D]`. `qkv` `[B, S, (H + 2 Hkv) · D]`, `spans` `[B, S, 2]`.
@@ -149,6 +150,8 @@ plain_qkv_ops!(burn::backend::Flex);
 plain_qkv_ops!(burn_ndarray::NdArray);
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 plain_qkv_ops!(burn::backend::Cube);
+#[cfg(feature = "remote")]
+plain_qkv_ops!(burn::backend::Remote);
 
 plain_backends!(QkvBodies);
 

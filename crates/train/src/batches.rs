@@ -3,9 +3,10 @@
 use std::sync::mpsc::SyncSender;
 
 use emberlora_data::{Batch, Dataset};
+use emberlora_model::Uploader;
 
 use crate::TrainError;
-use crate::upload::{Uploaded, Uploaders};
+use crate::upload::Uploaded;
 
 /// Batches, epoch by epoch. A run lays them out on a thread of their own.
 pub trait Batches: Sync {
@@ -56,7 +57,7 @@ pub(crate) struct Group {
 pub(crate) fn lay_out(
     train: &dyn Batches,
     grad_accumulation: usize,
-    uploaders: &Uploaders,
+    uploaders: &[Uploader],
     groups: &SyncSender<Result<Group, TrainError>>,
 ) {
     for epoch in 0.. {

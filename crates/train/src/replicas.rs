@@ -17,7 +17,7 @@ use emberlora_model::{CausalLm, Uploader};
 
 use crate::TrainError;
 use crate::optimizer::for_each_factor;
-use crate::state::backward;
+use crate::state::{backward, read_f32};
 use crate::upload::MicroBatch;
 
 /// A copy of the model under training on a further device.
@@ -62,7 +62,7 @@ impl Replica {
             present.push(gradient.is_some());
             parts.extend(gradient.map(flat));
         });
-        let mut losses = read(Tensor::cat(parts, 0))?;
+        let mut losses = read_f32(Tensor::cat(parts, 0))?;
         let gradients = losses.split_off(count);
         Ok(HostShare { losses, present, gradients })
     }
@@ -104,7 +104,7 @@ impl HostShare {
 pub(crate) fn adapters_of(model: &CausalLm) -> Result<TensorData, TrainError> {
     let mut parts = Vec::new();
     factors(model, |factor| parts.push(flat(factor.val().inner())));
-    let values = read(Tensor::cat(parts, 0))?;
+    let values = read_f32(Tensor::cat(parts, 0))?;
     let length = values.len();
     Ok(TensorData::new(values, [length]))
 }
@@ -130,11 +130,6 @@ fn take(all: &Tensor<1>, start: &mut usize, dims: [usize; 2]) -> Tensor<2> {
     let part = all.clone().narrow(0, *start, length).reshape(dims);
     *start += length;
     part
-}
-
-fn read(tensor: Tensor<1>) -> Result<Vec<f32>, TrainError> {
-    let failed = |error: &dyn std::fmt::Display| TrainError::Device { device: None, message: error.to_string() };
-    tensor.try_into_data().map_err(|error| failed(&error))?.try_into_vec::<f32>().map_err(|error| failed(&error))
 }
 
 /// Backends panic where an operation cannot be handed to a device at all. Whose device that was is known here alone.

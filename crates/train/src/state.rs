@@ -7,12 +7,12 @@ use burn::optim::{GradientsAccumulator, GradientsParams};
 use burn::tensor::{DType, Tensor, TensorData};
 use emberlora_data::{Batch, RowRef};
 use emberlora_lora::Pass;
-use emberlora_model::CausalLm;
+use emberlora_model::{CausalLm, Uploader};
 
 use crate::gradients;
 use crate::optimizer::{AdamW, Optimizer};
 use crate::replicas::{Replica, adapters_of, guarded};
-use crate::upload::{MicroBatch, Uploaded, Uploaders};
+use crate::upload::{MicroBatch, Uploaded};
 use crate::{LrSchedule, Quantity, Rows, TrainError};
 
 /// A model under training: its parameters, the optimizer's moments and the place in the schedule.
@@ -22,8 +22,8 @@ pub struct TrainState {
     model: CausalLm,
     /// The copies on further devices; their adapters are the model's.
     replicas: Vec<Replica>,
-    /// For the model's device and those of the replicas, in this order.
-    uploaders: Uploaders,
+    /// What brings micro-batches to the model's device and to those of the replicas, in this order.
+    uploaders: Vec<Uploader>,
     /// The device of the model, as errors name it.
     device: Option<String>,
     optimizer: Optimizer,
@@ -188,7 +188,7 @@ impl TrainState {
     }
 
     /// What brings micro-batches to the devices that share a step.
-    pub(crate) fn uploaders(&self) -> Uploaders {
+    pub(crate) fn uploaders(&self) -> Vec<Uploader> {
         self.uploaders.clone()
     }
 
@@ -268,13 +268,15 @@ impl TrainState {
 
     fn gradients_of(&self, uploaded: &Uploaded) -> Result<Option<StepGradients>, TrainError> {
         let share = |device: usize| &uploaded.micro_batches[uploaded.shares[device].clone()];
+        let (seed, step) = (self.seed, self.steps);
         let (own, others) = thread::scope(|scope| {
-            let threads: Vec<_> = (self.replicas.iter().zip(1..))
-                .map(|(replica, device)| scope.spawn(move || replica.share(share(device), self.seed, self.steps)))
+            let replicas = self.replicas.iter().zip(1..);
+            let threads: Vec<_> = replicas
+                .map(|(replica, device)| scope.spawn(move || replica.share(share(device), seed, step)))
                 .collect();
             let own = match threads.is_empty() {
-                true => Ok(backward(&self.model, share(0), self.seed, self.steps)),
-                false => guarded(|| Ok(backward(&self.model, share(0), self.seed, self.steps))),
+                true => Ok(backward(&self.model, share(0), seed, step)),
+                false => guarded(|| Ok(backward(&self.model, share(0), seed, step))),
             };
             let join = |thread: thread::ScopedJoinHandle<'_, _>| thread.join().expect("a share catches its panics");
             (own, threads.into_iter().map(join).collect::<Vec<_>>())
@@ -348,10 +350,14 @@ pub(crate) fn rows<'a>(sources: impl IntoIterator<Item = &'a RowRef>) -> Rows {
     Rows(sources.into_iter().map(ToString::to_string).collect())
 }
 
-/// Reads a vector back from the device.
+/// Reads a vector back from the device, to compute with.
 pub(crate) fn read(tensor: Tensor<1>) -> Result<Vec<f64>, TrainError> {
+    Ok(read_f32(tensor)?.into_iter().map(f64::from).collect())
+}
+
+/// Reads a vector back from the device, to hand it on.
+pub(crate) fn read_f32(tensor: Tensor<1>) -> Result<Vec<f32>, TrainError> {
     let failed = |error: &dyn std::fmt::Display| TrainError::Device { device: None, message: error.to_string() };
     let data = tensor.cast(DType::F32).try_into_data().map_err(|error| failed(&error))?;
-    let numbers = data.try_to_vec::<f32>().map_err(|error| failed(&error))?;
-    Ok(numbers.into_iter().map(f64::from).collect())
+    data.try_into_vec::<f32>().map_err(|error| failed(&error))
 }

@@ -169,11 +169,16 @@ impl<'a> Trainer<'a> {
             let started_seconds = run.process_age.map(|age| age + run.start.elapsed().as_secs_f64());
             let Group { uploaded, epochs } = groups.recv().expect("the thread that lays out batches panicked")?;
             let skipped = uploaded.micro_batches.is_empty().then(|| rows(&uploaded.sources).0);
-            self.state.enqueue_uploaded(uploaded)?;
-            run.pending.push(match skipped {
-                None => Pending::Step { epoch: epochs, started_seconds, peak_memory_bytes: peak_memory_bytes() },
-                Some(rows) => Pending::Skipped { step: self.state.steps(), rows },
-            });
+            let before = self.state.steps();
+            let enqueued = self.state.enqueue_uploaded(uploaded);
+            // A device that fails when it is handed the new adapters fails behind a step that was taken.
+            if self.state.steps() > before {
+                run.pending.push(match skipped {
+                    None => Pending::Step { epoch: epochs, started_seconds, peak_memory_bytes: peak_memory_bytes() },
+                    Some(rows) => Pending::Skipped { step: self.state.steps(), rows },
+                });
+            }
+            enqueued?;
             let finished = self.finished();
             let [save, evaluate] = [self.options.save_every, self.options.eval_every].map(|every| self.due(every));
             // Where the run waits for the device anyway, and no more often than it prints a line.

@@ -8,9 +8,6 @@ use emberlora_model::{Labelled, Labels, Uploader};
 use crate::TrainError;
 use crate::state::rows;
 
-/// What brings the micro-batches of a step to the devices that share it, one for each.
-pub(crate) type Uploaders = Vec<Uploader>;
-
 /// What one optimizer step trains on.
 pub(crate) struct Uploaded {
     /// Those with trained tokens.

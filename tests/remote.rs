@@ -6,7 +6,8 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::thread::{self, sleep};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread::{self, JoinHandle, sleep};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -14,10 +15,13 @@ use serde_json::Value;
 const QUICKSTART: &str = "recipes/quickstart.yaml";
 const TOKEN: &str = "EMBERLORA_TOKEN";
 
+/// Many times what anything here takes, so that what hangs fails.
+const PATIENCE: Duration = Duration::from_secs(300);
+
 fn command(args: &[&str], token: Option<&str>) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_emberlora"));
-    command.args(args).current_dir(env!("CARGO_MANIFEST_DIR")).stdin(Stdio::null());
-    command.env_remove(TOKEN).env_remove("RUST_LOG").stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.args(args).current_dir(env!("CARGO_MANIFEST_DIR"));
+    command.env_remove(TOKEN).env_remove("RUST_LOG");
     if let Some(token) = token {
         command.env(TOKEN, token);
     }
@@ -46,57 +50,102 @@ impl Ran {
     }
 }
 
-fn finish(child: Child) -> Ran {
-    let output = child.wait_with_output().unwrap();
-    let [stdout, stderr] = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap());
-    Ran { code: output.status.code(), stdout, stderr }
-}
-
-fn emberlora(args: &[&str], token: Option<&str>) -> Ran {
-    finish(command(args, token).spawn().unwrap())
-}
-
-/// A server process that ends with its owner.
-struct Host {
+/// A process that ends with its owner. What it writes is read all along, so that it never waits for a reader.
+struct Process {
     child: Child,
-    /// As recipes name it.
-    device: String,
-    /// The lines that it printed before it began to serve.
-    said: Vec<String>,
+    stdout: Receiver<String>,
+    stderr: Option<JoinHandle<String>>,
 }
 
-impl Host {
-    fn start(args: &[&str], token: Option<&str>) -> Self {
-        let args = [&["serve", "--device", "flex", "--listen", "127.0.0.1:0"], args].concat();
-        let mut child = command(&args, token).spawn().unwrap();
-        let mut stdout = BufReader::new(child.stdout.take().unwrap());
-        let lines = if token.is_none() && args.len() == 5 { 2 } else { 1 };
-        let said: Vec<String> = (0..lines)
-            .map(|_| {
-                let mut line = String::new();
-                stdout.read_line(&mut line).unwrap();
-                line.trim().to_owned()
-            })
-            .collect();
-        // Whatever follows is read, so that the server never waits for a reader.
-        thread::spawn(move || stdout.read_to_end(&mut Vec::new()));
+impl Process {
+    fn start(mut command: Command) -> Self {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let (sender, lines) = channel();
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        thread::spawn(move || {
+            for line in stdout.lines().map_while(Result::ok) {
+                // A test that has seen enough no longer listens.
+                let _ = sender.send(line);
+            }
+        });
         let mut stderr = child.stderr.take().unwrap();
-        thread::spawn(move || stderr.read_to_end(&mut Vec::new()));
-        let address = said[0].strip_prefix("serving flex on ").unwrap_or_else(|| panic!("{said:?}"));
-        let device = format!("remote://{address}");
-        Self { child, device, said }
+        let stderr = thread::spawn(move || {
+            let mut bytes = Vec::new();
+            stderr.read_to_end(&mut bytes).unwrap();
+            String::from_utf8_lossy(&bytes).into_owned()
+        });
+        Self { child, stdout: lines, stderr: Some(stderr) }
+    }
+
+    /// The next line on standard output.
+    fn line(&mut self) -> String {
+        match self.stdout.recv_timeout(PATIENCE) {
+            Ok(line) => line,
+            Err(error) => {
+                self.kill();
+                panic!("no further line on standard output, {error}: {}", self.errors())
+            }
+        }
+    }
+
+    fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
     }
 
     fn kill(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Standard error of a process that has ended.
+    fn errors(&mut self) -> String {
+        self.stderr.take().map(|reader| reader.join().unwrap()).unwrap_or_default()
+    }
+
+    /// Waits for the end.
+    #[track_caller]
+    fn finish(mut self) -> Ran {
+        let start = Instant::now();
+        while self.is_running() && start.elapsed() < PATIENCE {
+            sleep(Duration::from_millis(20));
+        }
+        let hangs = self.is_running();
+        self.kill();
+        let stderr = self.errors();
+        assert!(!hangs, "still running after {PATIENCE:?}: {stderr}");
+        let stdout = self.stdout.iter().map(|line| line + "\n").collect();
+        Ran { code: self.child.wait().unwrap().code(), stdout, stderr }
     }
 }
 
-impl Drop for Host {
+impl Drop for Process {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.kill();
+    }
+}
+
+#[track_caller]
+fn emberlora(args: &[&str], token: Option<&str>) -> Ran {
+    Process::start(command(args, token)).finish()
+}
+
+/// A server process.
+struct Host {
+    process: Process,
+    /// As recipes name it.
+    device: String,
+}
+
+impl Host {
+    /// A server of the CPU on a free port.
+    fn start(args: &[&str], token: Option<&str>) -> Self {
+        let args = [&["serve", "--device", "flex", "--listen", "127.0.0.1:0"], args].concat();
+        let mut process = Process::start(command(&args, token));
+        let line = process.line();
+        let address = line.strip_prefix("serving flex on ").unwrap_or_else(|| panic!("{line}"));
+        Self { device: format!("remote://{address}"), process }
     }
 }
 
@@ -117,15 +166,18 @@ fn train(device: &str, output: &Path, more: &[&str]) -> Command {
     command(&[&["train", QUICKSTART, device, &output], &small[..], more].concat(), Some("secret"))
 }
 
+/// Those of the steps so far.
 fn losses(output: &Path) -> Vec<f64> {
     let text = fs::read_to_string(output.join("metrics.jsonl")).unwrap_or_default();
-    text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["loss"].as_f64().unwrap()).collect()
+    // The last line may be half written.
+    let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    whole.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["loss"].as_f64().unwrap()).collect()
 }
 
 fn losses_on(device: &str, more: &[&str]) -> Vec<f64> {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("run");
-    finish(train(device, &output, &[&["train.max_steps=5"], more].concat()).spawn().unwrap()).ok();
+    Process::start(train(device, &output, &[&["train.max_steps=5"], more].concat())).finish().ok();
     losses(&output)
 }
 
@@ -162,20 +214,20 @@ fn dropout_and_gradient_checkpointing_change_nothing_about_it() {
     assert_same(&losses_on("device=flex", &more), &losses_on(&devices(&hosts), &more));
 }
 
-/// Trains without end, kills a server after some steps, and answers the error and the directory's losses.
+/// Trains without end and kills a server after some steps: the error names it, and the last adapter is whole.
 fn killed(victim: usize) {
     let mut hosts = hosts(2);
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("run");
     let more = ["train.max_steps=100000", "train.save_every=1", "train.schedule.kind=constant"];
-    let child = train(&devices(&hosts), &output, &more).spawn().unwrap();
+    let mut run = Process::start(train(&devices(&hosts), &output, &more));
     let start = Instant::now();
-    while losses(&output).len() < 3 {
-        assert!(start.elapsed() < Duration::from_secs(300), "no step was taken");
-        sleep(Duration::from_millis(50));
+    while losses(&output).len() < 3 && run.is_running() && start.elapsed() < PATIENCE {
+        sleep(Duration::from_millis(20));
     }
-    hosts[victim].kill();
-    let message = finish(child).fails(1);
+    hosts[victim].process.kill();
+    let message = run.finish().fails(1);
+    assert!(losses(&output).len() >= 3, "{message}");
     assert!(message.contains(&format!("the server {}", hosts[victim].device)), "{message}");
     assert!(!message.contains(&format!("the server {}", hosts[1 - victim].device)), "{message}");
 
@@ -209,8 +261,9 @@ fn a_wrong_token_is_refused() {
 
 #[test]
 fn a_server_without_a_given_token_makes_one_up() {
-    let host = Host::start(&[], None);
-    let token = host.said[1].strip_prefix("clients need EMBERLORA_TOKEN=").unwrap_or_else(|| panic!("{:?}", host.said));
+    let mut host = Host::start(&[], None);
+    let line = host.process.line();
+    let token = line.strip_prefix("clients need EMBERLORA_TOKEN=").unwrap_or_else(|| panic!("{line}"));
     assert!(token.len() >= 32, "{token}");
     let device = format!("device={}", host.device);
     emberlora(&["eval", QUICKSTART, &device], None).fails(2);
@@ -221,6 +274,16 @@ fn a_server_without_a_given_token_makes_one_up() {
 fn a_server_on_this_machine_may_do_without() {
     let host = Host::start(&["--no-token"], None);
     emberlora(&["eval", QUICKSTART, &format!("device={}", host.device)], None).ok();
+}
+
+#[test]
+#[cfg(unix)]
+fn a_server_that_is_asked_to_end_ends_well() {
+    let host = Host::start(&["--no-token"], None);
+    emberlora(&["eval", QUICKSTART, &format!("device={}", host.device)], None).ok();
+    let ask = format!("kill -TERM {}", host.process.child.id());
+    assert!(Command::new("sh").args(["-c", &ask]).status().unwrap().success());
+    host.process.finish().ok();
 }
 
 #[test]

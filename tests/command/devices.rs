@@ -71,6 +71,11 @@ fn a_device_that_is_not_there_is_wrong_input() {
             assert!(message.contains(&format!("cargo build --release --features {backend}")), "{message}");
         }
     }
+    #[cfg(not(feature = "remote"))]
+    for args in [&["train", QUICKSTART, "--device", "remote://127.0.0.1:4000"][..], &["serve", "--device", "flex"]] {
+        let message = emberlora(args).fails(2);
+        assert!(message.contains("cargo build --release --features remote"), "{message}");
+    }
     let message = emberlora(&["eval", QUICKSTART, "--device", "tpu"]).fails(2);
     assert!(message.contains("device") && message.contains("wgpu:N"), "{message}");
     #[cfg(feature = "wgpu")]

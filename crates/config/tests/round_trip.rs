@@ -207,7 +207,7 @@ fn run() -> impl Strategy<Value = RunConfig> {
     ];
     let devices = prop_oneof![
         device.prop_map(Devices::from),
-        (1..4usize).prop_map(|count| (0..count).map(|index| DeviceChoice::Cuda(Some(index))).collect()),
+        (1..4usize).prop_map(|count| (0..count).map(|index| DeviceChoice::Cuda(Some(index))).collect::<Devices>()),
     ];
     let frozen = (model(), option::of(quantization()));
     (frozen, adapter(), checkpointing, data(), train(), (file(), devices, any::<u64>())).prop_map(

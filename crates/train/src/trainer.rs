@@ -6,7 +6,8 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 use std::time::Instant;
 
-use emberlora_lora::{LoraOptions, peft};
+use emberlora_lora::LoraOptions;
+use emberlora_lora::peft::{self, PeftError};
 use emberlora_model::CausalLm;
 
 use crate::batches::{Group, lay_out};
@@ -35,10 +36,15 @@ impl AdapterWriter {
     /// Writes the adapter of `model` and answers where it lies.
     ///
     /// # Errors
-    /// [`TrainError::Save`]; what was there before is then still there.
+    /// [`TrainError::Save`], [`TrainError::Device`]; what was there before is then still there.
     pub fn write(&self, model: &CausalLm) -> Result<&Path, TrainError> {
-        peft::save(model, &self.options, &self.base_model, self.revision.as_deref(), &self.dir)
-            .map_err(|source| TrainError::Save { dir: self.dir.clone(), source })?;
+        peft::save(model, &self.options, &self.base_model, self.revision.as_deref(), &self.dir).map_err(|source| {
+            match source {
+                // The place is fine; the adapter cannot be had.
+                PeftError::Device { .. } => TrainError::Device { device: None, message: source.to_string() },
+                source => TrainError::Save { dir: self.dir.clone(), source },
+            }
+        })?;
         Ok(&self.dir)
     }
 }
@@ -295,7 +301,8 @@ impl<'a> Trainer<'a> {
 
     fn save(&self, run: &mut Running<'_, '_>) -> Result<(), TrainError> {
         let Some(writer) = &self.writer else { return Ok(()) };
-        let (step, dir) = (self.state.steps(), writer.write(self.state.model())?.to_owned());
+        let dir = writer.write(self.state.model()).map_err(|error| self.state.named(error))?;
+        let (step, dir) = (self.state.steps(), dir.to_owned());
         run.saved = Some(step);
         run.tell(Event::Saved { step, dir })
     }

@@ -77,7 +77,10 @@ pub struct ProjectionAdapter {
 }
 
 /// What a projection sees of its input.
-#[expect(clippy::large_enum_variant, reason = "it is made for one call and moved into it")]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "it is made for one call and moved into it; how large it is, the backends decide"
+)]
 #[derive(Clone, Debug)]
 pub enum Input {
     /// x itself.

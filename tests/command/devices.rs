@@ -32,6 +32,9 @@ fn what_is_compiled_in_is_listed_and_the_rest_says_how_to_get_it() {
             assert!(json["absent"][backend].as_str().unwrap().contains(&hint) && text.contains(&hint), "{text}");
         }
     }
+    let remote =
+        if cfg!(feature = "remote") { "remote://HOST:PORT" } else { "cargo build --release --features remote" };
+    assert!(text.contains(remote) && json["absent"].get("remote").is_none() == cfg!(feature = "remote"), "{text}");
     for device in devices {
         assert!(text.contains(device["device"].as_str().unwrap()) && text.contains(device["name"].as_str().unwrap()));
         assert!(device["dtypes"].as_array().unwrap().iter().any(|dtype| dtype == "f32"), "{device}");

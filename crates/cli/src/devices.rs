@@ -51,6 +51,9 @@ fn print(found: &[FoundDevice], auto: &Result<ChosenDevice, DeviceError>, out: &
     for (backend, reason) in absent(found) {
         writeln!(out, "{backend}: {reason}")?;
     }
+    if cfg!(feature = "remote") {
+        writeln!(out, "{REMOTE}: whatever `emberlora serve` hosts, as remote://HOST:PORT")?;
+    }
     match auto {
         Ok(chosen) => {
             writeln!(out, "auto takes {}: {}", chosen.choice, chosen.reason.as_deref().unwrap_or_default())?;
@@ -60,16 +63,22 @@ fn print(found: &[FoundDevice], auto: &Result<ChosenDevice, DeviceError>, out: &
     Ok(())
 }
 
-/// Every backend without a device, and what it would take to have one.
-fn absent(found: &[FoundDevice]) -> impl Iterator<Item = (Backend, String)> {
+/// The feature for devices that other processes host. Which there are, nobody here knows.
+const REMOTE: &str = "remote";
+
+/// Every backend without a device, and remote devices where this build cannot have them, with what it would take.
+fn absent(found: &[FoundDevice]) -> impl Iterator<Item = (&'static str, String)> {
+    let not_compiled_in =
+        |feature| format!("not compiled in; get it with `cargo build --release --features {feature}`");
     let without = |backend: &Backend| !found.iter().any(|device| device.backend == *backend);
-    Backend::ALL.into_iter().filter(without).map(|backend| {
+    let backends = Backend::ALL.into_iter().filter(without).map(move |backend| {
         let reason = match backend.is_compiled_in() {
             true => format!("no device was found; {}", backend.needs()),
-            false => format!("not compiled in; get it with `cargo build --release --features {backend}`"),
+            false => not_compiled_in(backend.name()),
         };
-        (backend, reason)
-    })
+        (backend.name(), reason)
+    });
+    backends.chain((!cfg!(feature = "remote")).then(|| (REMOTE, not_compiled_in(REMOTE))))
 }
 
 fn as_json(found: &[FoundDevice], auto: &Result<ChosenDevice, DeviceError>) -> Value {
@@ -86,9 +95,10 @@ fn as_json(found: &[FoundDevice], auto: &Result<ChosenDevice, DeviceError>) -> V
             })
         })
         .collect();
-    let compiled_in: Vec<&str> = Backend::compiled_in().into_iter().map(Backend::name).collect();
+    let remote = cfg!(feature = "remote").then_some(REMOTE);
+    let compiled_in: Vec<&str> = Backend::compiled_in().into_iter().map(Backend::name).chain(remote).collect();
     let absent: serde_json::Map<String, Value> =
-        absent(found).map(|(backend, reason)| (backend.to_string(), reason.into())).collect();
+        absent(found).map(|(backend, reason)| (backend.to_owned(), reason.into())).collect();
     let auto = match auto {
         Ok(chosen) => json!({"device": chosen.choice.to_string(), "reason": chosen.reason}),
         Err(error) => json!({"device": null, "reason": error.to_string()}),

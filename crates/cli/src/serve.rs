@@ -28,8 +28,10 @@ fn token(args: &ServeArgs) -> anyhow::Result<(Option<Token>, bool)> {
         return Ok((None, false));
     }
     if let Some(path) = &args.token_file {
-        let text = fs::read_to_string(path).map_err(|error| WrongInput(format!("{}: {error}", path.display())))?;
-        let token = Token::new(&text).ok_or_else(|| WrongInput(format!("{}: holds no token", path.display())))?;
+        let text = fs::read_to_string(path)
+            .map_err(|error| WrongInput(format!("{}: no token can be read: {error}", path.display())))?;
+        let token =
+            Token::new(&text).ok_or_else(|| WrongInput(format!("{}: is empty, expected a token", path.display())))?;
         return Ok((Some(token), false));
     }
     if let Some(token) = Token::from_environment() {

@@ -11,7 +11,7 @@ use crate::spec::{Reader, Spec};
 /// Where tensors live.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum DeviceChoice {
-    /// The first of flex, CUDA, WebGPU and ndarray that is compiled in.
+    /// CUDA, else a hardware WebGPU adapter, else flex: the first that is there.
     Auto,
     /// Burn's fast CPU backend.
     Flex,

@@ -7,8 +7,7 @@
 //! 4. a function over [`Tensor`](burn::tensor::Tensor), which is what users call.
 //!
 //! Weights of the base model are frozen, dense or packed into 4 or 8 bits: they get no gradient, no autodiff node, and no
-//! copy in another format. Passing
-//! a tracked weight is a programming error and panics.
+//! copy in another format. Passing a tracked weight is a programming error and panics.
 //!
 //! Deliberately absent: files, model families, the state of an optimizer, the recipe.
 

@@ -113,3 +113,51 @@ impl Block {
         all
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Device;
+
+    use super::*;
+    use crate::attention::AttentionShape;
+
+    fn linear(rows: usize, device: &Device) -> LoraLinear {
+        LoraLinear::new(Tensor::ones([rows, 4], device), None)
+    }
+
+    #[test]
+    fn a_block_leaves_out_what_nobody_reads() {
+        let device = Device::flex();
+        let norm = || Param::from_tensor(Tensor::ones([4], &device)).set_require_grad(false);
+        let block = Block {
+            self_attn: Attention {
+                qkv: QkvProjection::Fused(linear(12, &device)),
+                o_proj: linear(4, &device),
+                q_norm: None,
+                k_norm: None,
+                shape: AttentionShape { heads: 1, kv_heads: 1, head_dim: 4, eps: 1e-5, window: None },
+            },
+            mlp: Mlp { gate_up: GateUpProjection::Fused(linear(8, &device)), down_proj: linear(4, &device) },
+            attention_norm: norm(),
+            mlp_norm: norm(),
+            post_norms: false,
+            eps: 1e-5,
+        };
+        let sum = |values| {
+            let context = Context {
+                cos: Tensor::ones([1, 2, 2], &device),
+                sin: Tensor::zeros([1, 2, 2], &device),
+                spans: Tensor::from_data([[[0, 2], [1, 2]]], &device),
+                rows: None,
+                attention: AttentionKind::Fused,
+                pass: Pass::eval(),
+                values,
+            };
+            let y = block.forward(Tensor::ones([1, 2, 4], &device), &context, None);
+            assert_eq!(y.dims(), [1, 2, 4]);
+            y.abs().sum().into_scalar::<f32>()
+        };
+        assert!(sum(Values::Read) > 1.0);
+        assert_eq!(sum(Values::Unread), 0.0);
+    }
+}

@@ -52,7 +52,8 @@ impl Replica {
     }
 
     fn compute(&self, share: &[MicroBatch], seed: u64, step: usize) -> Result<HostShare, TrainError> {
-        let (losses, mut gradients) = backward(&self.model, share, seed, step);
+        let (losses, mut sum) = backward(&self.model, share, seed, step);
+        let mut gradients = sum.grads();
         if losses.is_empty() {
             return Ok(HostShare::default());
         }

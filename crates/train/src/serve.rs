@@ -27,7 +27,7 @@ pub enum ServeError {
     #[error("without a token a server listens on this machine alone, not on {0}; leave --no-token out")]
     Open(SocketAddr),
     /// The address is taken, or not one of this machine.
-    #[error("cannot listen on {address}: {source}")]
+    #[error("cannot listen on {address}: {source}; choose another address of this machine with `--listen`")]
     Listen {
         /// The address.
         address: SocketAddr,

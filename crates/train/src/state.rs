@@ -281,9 +281,7 @@ impl TrainState {
             let join = |thread: thread::ScopedJoinHandle<'_, _>| thread.join().expect("a share catches its panics");
             (own, threads.into_iter().map(join).collect::<Vec<_>>())
         });
-        let (mut losses, grads) = own.map_err(|error| self.named(error))?;
-        let mut sum = GradientsAccumulator::new();
-        sum.accumulate(&self.model, grads);
+        let (mut losses, mut sum) = own.map_err(|error| self.named(error))?;
         for other in others {
             let mut other = other?;
             let found = std::mem::take(&mut other.losses);
@@ -320,7 +318,7 @@ pub(crate) fn backward(
     micro_batches: &[MicroBatch],
     seed: u64,
     step: usize,
-) -> (Vec<Tensor<1>>, GradientsParams) {
+) -> (Vec<Tensor<1>>, GradientsAccumulator<CausalLm>) {
     let mut losses = Vec::with_capacity(micro_batches.len());
     let mut sum = GradientsAccumulator::new();
     for MicroBatch { index, batch, sources: _ } in micro_batches {
@@ -330,7 +328,7 @@ pub(crate) fn backward(
         losses.push(loss.clone().inner());
         sum.accumulate(model, GradientsParams::from_grads(loss.backward(), model));
     }
-    (losses, sum.grads())
+    (losses, sum)
 }
 
 impl Unread {

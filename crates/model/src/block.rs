@@ -147,7 +147,7 @@ mod tests {
             let context = Context {
                 cos: Tensor::ones([1, 2, 2], &device),
                 sin: Tensor::zeros([1, 2, 2], &device),
-                spans: Tensor::from_data([[[0, 2], [1, 2]]], &device),
+                spans: Tensor::from_data([[[2, 0], [2, 1]]], &device),
                 rows: None,
                 attention: AttentionKind::Fused,
                 pass: Pass::eval(),

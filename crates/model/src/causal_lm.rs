@@ -121,19 +121,25 @@ impl CausalLm {
 
     /// Hidden states behind the final norm, `[rows, seq, E]`; only those of `rows`, `[1, rows, E]`, where there are any.
     fn blocks(&self, input: &Input, rows: Option<Tensor<1, Int>>, pass: &Pass) -> Tensor<3> {
-        let context = self.context(input, pass);
-        let layers = self.layers.len();
-        let size = self.settings.checkpointing.group(layers);
+        let inner = self.context(input, pass);
+        let last = Context { rows, ..inner.clone() };
         let mut x = self.embed(input);
-        for (index, blocks) in self.layers.chunks(size).enumerate() {
-            let ends_model = (index + 1) * size >= layers;
-            let inner = context.clone();
-            let last = Context { rows: rows.clone().filter(|_| ends_model), ..context.clone() };
-            x = checkpoint(&blocks.to_vec(), x, move |blocks: &Vec<Block>, x, values| {
-                let Some((end, blocks)) = blocks.split_last() else { return x };
+        for group in self.settings.checkpointing.groups(self.layers.len()) {
+            let ends_model = group.end == self.layers.len();
+            let (inner, end) = (inner.clone(), if ends_model { last.clone() } else { inner.clone() });
+            let forward = move |blocks: &[Block], x: Tensor<3>, values: Values| {
+                let Some((block, blocks)) = blocks.split_last() else { return x };
                 let x = blocks.iter().fold(x, |x, block| block.forward(x, &inner, None));
-                end.forward(x, &Context { values, ..last.clone() }, None)
-            });
+                block.forward(x, &Context { values, ..end.clone() }, None)
+            };
+            let blocks = &self.layers[group];
+            x = match ends_model {
+                // The backward pass begins here: what it computed again would take the same room at once.
+                true => forward(blocks, x, Values::Read),
+                false => {
+                    checkpoint(&blocks.to_vec(), x, move |blocks: &Vec<Block>, x, values| forward(blocks, x, values))
+                }
+            };
         }
         self.normed(x)
     }

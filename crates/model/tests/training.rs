@@ -3,8 +3,10 @@
 mod common;
 
 use std::num::NonZeroUsize;
+use std::path::Path;
 
 use burn::tensor::{Device, Tensor};
+use common::directory::deeper;
 use common::*;
 use emberlora_lora::{LoraOptions, Pass, Projections, Targets, attach, peft};
 use emberlora_model::{CausalLm, Checkpointing, Input, InputError};
@@ -20,9 +22,11 @@ fn adapted(family: &str) -> CausalLm {
 
 /// The same with the adapter on a device that may ask for gradient checkpointing.
 fn adapted_on(family: &str, device: &Device) -> CausalLm {
-    let mut model = load(family);
-    let adapter = peft::load(&fixture(family).join("train/default/adapter_init")).unwrap();
-    peft::apply(&mut model, &adapter, device).unwrap();
+    with_adapter(load(family), &fixture(family).join("train/default/adapter_init"), device)
+}
+
+fn with_adapter(mut model: CausalLm, adapter: &Path, device: &Device) -> CausalLm {
+    peft::apply(&mut model, &peft::load(adapter).unwrap(), device).unwrap();
     model
 }
 
@@ -89,10 +93,14 @@ fn the_loss_is_the_weighted_cross_entropy_of_the_labelled_positions() {
 fn checkpoints_change_neither_loss_nor_gradients() {
     let every = |n| Checkpointing::Every(NonZeroUsize::new(n).unwrap());
     for family in ["llama", "olmo2", "phi3"] {
-        let (recorded, mut model) = (adapted(family), adapted_on(family, &device().gradient_checkpointing()));
+        // Deep enough for checkpoints of several blocks, in front of those that are kept.
+        let dir = deeper(family, 7);
+        let load =
+            |device: &Device| with_adapter(load_dir(dir.path(), &OPTIONS).0, &dir.path().join("adapter"), device);
+        let (recorded, mut model) = (load(&device()), load(&device().gradient_checkpointing()));
         for pass in [Pass::eval(), Pass::train(7, 3)] {
             let (loss, gradients) = loss_and_gradients(&recorded, &pass);
-            for checkpointing in [Checkpointing::Block, Checkpointing::Sqrt, every(2), every(5)] {
+            for checkpointing in [Checkpointing::Block, Checkpointing::Sqrt, every(2), every(5), every(9)] {
                 model.set_checkpointing(checkpointing);
                 let (again, other) = loss_and_gradients(&model, &pass);
                 // To the last bit: the second run is the first.

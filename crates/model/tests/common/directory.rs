@@ -5,7 +5,7 @@ use std::path::Path;
 
 use safetensors::tensor::{Dtype, TensorView};
 use safetensors::{SafeTensors, serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::fixture;
@@ -45,4 +45,47 @@ pub fn directory(changes: Value) -> TempDir {
 
 pub fn find<'a>(tensors: &'a mut Tensors, name: &str) -> &'a mut (String, Dtype, Vec<usize>, Vec<u8>) {
     tensors.iter_mut().find(|tensor| tensor.0 == name).unwrap()
+}
+
+/// A fixture and, in `adapter`, the adapter that its default training case begins with, made `layers` blocks deep: the two
+/// blocks of the fixture by turns.
+pub fn deeper(name: &str, layers: usize) -> TempDir {
+    const ADAPTER: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
+    let (dir, from) = (tempfile::tempdir().unwrap(), fixture(name));
+    let repeat = |from: &Path, to: &Path| {
+        let mut all = Tensors::new();
+        for (name, dtype, shape, data) in read_tensors(from) {
+            let Some((block, place)) = [0, 1]
+                .map(|block| (block, format!(".layers.{block}.")))
+                .into_iter()
+                .find(|(_, place)| name.contains(place))
+            else {
+                all.push((name, dtype, shape, data));
+                continue;
+            };
+            for layer in (block..layers).step_by(2) {
+                all.push((name.replace(&place, &format!(".layers.{layer}.")), dtype, shape.clone(), data.clone()));
+            }
+        }
+        write(to, &all);
+    };
+    let change = |from: &Path, to: &Path, change: &dyn Fn(&mut Value)| {
+        let mut config = serde_json::from_str(&fs::read_to_string(from).unwrap()).unwrap();
+        change(&mut config);
+        fs::write(to, config.to_string()).unwrap();
+    };
+    change(&from.join("config.json"), &dir.path().join("config.json"), &|config| {
+        config["num_hidden_layers"] = json!(layers)
+    });
+    repeat(&from.join("model.safetensors"), &dir.path().join("model.safetensors"));
+
+    let (from, to) = (from.join("train/default/adapter_init"), dir.path().join("adapter"));
+    fs::create_dir(&to).unwrap();
+    change(&from.join(ADAPTER[0]), &to.join(ADAPTER[0]), &|config| {
+        // The targets are those of two blocks, in full: their last part alone names them in every block.
+        let last = |target: &Value| json!(target.as_str().unwrap().rsplit('.').next());
+        config["target_modules"] = config["target_modules"].as_array().unwrap().iter().map(last).collect();
+    });
+    repeat(&from.join(ADAPTER[1]), &to.join(ADAPTER[1]));
+    dir
 }

@@ -24,8 +24,8 @@ section! {
         /// `model.dtype` says.
         quantization: Option<QuantizationSection> = value(None) => optional(QuantizationSpec);
         /// Recompute activations in the backward pass to save memory: `none`, every `block`, groups of about `sqrt` of
-        /// their number, or `{every: n}` blocks; those that the backward pass begins with are kept. `true` means `block` and
-        /// `false` means `none`. The gradients are the same.
+        /// their number, or of `{every: n}` blocks, the last of which is kept. `true` means `block` and `false` means
+        /// `none`. The gradients are the same.
         gradient_checkpointing: GradientCheckpointing = value(GradientCheckpointing::None) => CheckpointingSpec;
         /// The rows to train and evaluate on.
         data: DataSection = nested() => section();

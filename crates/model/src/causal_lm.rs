@@ -125,16 +125,15 @@ impl CausalLm {
         let last = Context { rows, ..inner.clone() };
         let mut x = self.embed(input);
         for group in self.settings.checkpointing.groups(self.layers.len()) {
-            let ends_model = group.end == self.layers.len();
+            let ends_model = group.blocks.end == self.layers.len();
             let (inner, end) = (inner.clone(), if ends_model { last.clone() } else { inner.clone() });
             let forward = move |blocks: &[Block], x: Tensor<3>, values: Values| {
                 let Some((block, blocks)) = blocks.split_last() else { return x };
                 let x = blocks.iter().fold(x, |x, block| block.forward(x, &inner, None));
                 block.forward(x, &Context { values, ..end.clone() }, None)
             };
-            let blocks = &self.layers[group];
-            x = match ends_model {
-                // The backward pass begins here: what it computed again would take the same room at once.
+            let blocks = &self.layers[group.blocks];
+            x = match group.kept {
                 true => forward(blocks, x, Values::Read),
                 false => {
                     checkpoint(&blocks.to_vec(), x, move |blocks: &Vec<Block>, x, values| forward(blocks, x, values))

@@ -15,7 +15,7 @@ macro_rules! vectorised {
                 fn avx2($($arg: $type),*) $(-> $out)? {
                     body($($arg),*)
                 }
-                if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+                if $crate::simd::Avx2::detect().is_some() {
                     // SAFETY: the processor has the features, which was checked on the line above.
                     return unsafe { avx2($($arg),*) };
                 }
@@ -25,6 +25,111 @@ macro_rules! vectorised {
     };
 }
 pub(crate) use vectorised;
+
+/// The proof that the processor has AVX2 and FMA.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx2(());
+
+impl Avx2 {
+    pub(crate) fn detect() -> Option<Self> {
+        #[cfg(target_arch = "x86_64")]
+        if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+            return Some(Self(()));
+        }
+        None
+    }
+}
+
+/// out[k][lane] = rows[lane][k]. Where there is a proof, the caller should be compiled for AVX2 and FMA: this is then
+/// inlined.
+#[inline(always)]
+pub(crate) fn interleave<const W: usize, const N: usize>(
+    avx2: Option<Avx2>,
+    rows: &[[f32; N]; W],
+    out: &mut [[f32; W]],
+) {
+    let mut done = 0;
+    #[cfg(target_arch = "x86_64")]
+    if let Some(Avx2(())) = avx2 {
+        let (squares, _) = out.as_chunks_mut::<8>();
+        for (square, first) in squares.iter_mut().zip((0..).step_by(8)) {
+            for lane in (0..W).step_by(8) {
+                // SAFETY: the processor has AVX2, as the proof says.
+                unsafe { interleave_square(rows, lane, first, square) };
+            }
+        }
+        done = squares.len() * 8;
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = avx2;
+    for (k, element) in out.iter_mut().enumerate().skip(done) {
+        for lane in 0..W {
+            element[lane] = rows[lane][k];
+        }
+    }
+}
+
+/// Eight lanes from `lane` on, or as many as there are, of eight elements from `first` on: 24 shuffles in registers, where
+/// element by element takes 64 loads and as many insertions.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+#[inline]
+fn interleave_square<const W: usize, const N: usize>(
+    rows: &[[f32; N]; W],
+    lane: usize,
+    first: usize,
+    out: &mut [[f32; W]; 8],
+) {
+    use std::arch::x86_64::*;
+
+    let load = |i: usize| match rows.get(lane + i) {
+        Some(row) => {
+            let values: &[f32] = &row[first..first + 8];
+            // SAFETY: eight values, which need no alignment.
+            unsafe { _mm256_loadu_ps(values.as_ptr()) }
+        }
+        None => _mm256_setzero_ps(),
+    };
+    let rows = [load(0), load(1), load(2), load(3), load(4), load(5), load(6), load(7)];
+    // Pairs of lanes, then fours, then all eight.
+    let pairs = [
+        _mm256_unpacklo_ps(rows[0], rows[1]),
+        _mm256_unpackhi_ps(rows[0], rows[1]),
+        _mm256_unpacklo_ps(rows[2], rows[3]),
+        _mm256_unpackhi_ps(rows[2], rows[3]),
+        _mm256_unpacklo_ps(rows[4], rows[5]),
+        _mm256_unpackhi_ps(rows[4], rows[5]),
+        _mm256_unpacklo_ps(rows[6], rows[7]),
+        _mm256_unpackhi_ps(rows[6], rows[7]),
+    ];
+    let fours = [
+        _mm256_shuffle_ps::<0x44>(pairs[0], pairs[2]),
+        _mm256_shuffle_ps::<0xee>(pairs[0], pairs[2]),
+        _mm256_shuffle_ps::<0x44>(pairs[1], pairs[3]),
+        _mm256_shuffle_ps::<0xee>(pairs[1], pairs[3]),
+        _mm256_shuffle_ps::<0x44>(pairs[4], pairs[6]),
+        _mm256_shuffle_ps::<0xee>(pairs[4], pairs[6]),
+        _mm256_shuffle_ps::<0x44>(pairs[5], pairs[7]),
+        _mm256_shuffle_ps::<0xee>(pairs[5], pairs[7]),
+    ];
+    let elements = [
+        _mm256_permute2f128_ps::<0x20>(fours[0], fours[4]),
+        _mm256_permute2f128_ps::<0x20>(fours[1], fours[5]),
+        _mm256_permute2f128_ps::<0x20>(fours[2], fours[6]),
+        _mm256_permute2f128_ps::<0x20>(fours[3], fours[7]),
+        _mm256_permute2f128_ps::<0x31>(fours[0], fours[4]),
+        _mm256_permute2f128_ps::<0x31>(fours[1], fours[5]),
+        _mm256_permute2f128_ps::<0x31>(fours[2], fours[6]),
+        _mm256_permute2f128_ps::<0x31>(fours[3], fours[7]),
+    ];
+    let count = (W - lane).min(8);
+    for (element, out) in elements.into_iter().zip(out) {
+        let mut values = [0f32; 8];
+        // SAFETY: eight values, which need no alignment.
+        unsafe { _mm256_storeu_ps(values.as_mut_ptr(), element) };
+        out[lane..lane + count].copy_from_slice(&values[..count]);
+    }
+}
 
 /// Asks the processor for the cache lines of `values[first..first + count]`, as far as there are any.
 #[inline(always)]
@@ -119,6 +224,27 @@ mod tests {
         }
         assert_eq!(exp(0.0), 1.0);
         assert!(exp(f32::NEG_INFINITY) < 1e-37 && exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn rows_are_interleaved_alike_with_and_without_avx2() {
+        fn check<const W: usize>() {
+            let rows: [[f32; 21]; W] = std::array::from_fn(|lane| std::array::from_fn(|k| (100 * k + lane) as f32));
+            for len in 0..=21 {
+                for avx2 in [None, Avx2::detect()] {
+                    let mut out = vec![[-1.0; W]; len];
+                    interleave(avx2, &rows, &mut out);
+                    let all = out.iter().enumerate();
+                    assert!(
+                        all.flat_map(|(k, e)| e.iter().enumerate().map(move |(lane, v)| (k, lane, v)))
+                            .all(|(k, lane, value)| *value == (100 * k + lane) as f32)
+                    );
+                }
+            }
+        }
+        check::<6>();
+        check::<8>();
+        check::<16>();
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::sync::Mutex;
 use rayon::prelude::*;
 
 use super::tile::MR;
+use crate::simd::{Avx2, interleave};
 
 /// A matrix that is read row by row, and may be made while it is read.
 pub(crate) trait Source: Sync {
@@ -50,7 +51,13 @@ pub(super) const MAX_COLUMNS: usize = 256;
 impl Operand<'_> {
     /// Lays out `lanes` × `inner` as panels `[lanes / W][inner][W]`; lanes that there are not are zeros.
     #[inline(always)]
-    pub(super) fn pack<const W: usize>(&self, lanes: Range<usize>, inner: Range<usize>, out: &mut [f32]) {
+    pub(super) fn pack<const W: usize>(
+        &self,
+        avx2: Option<Avx2>,
+        lanes: Range<usize>,
+        inner: Range<usize>,
+        out: &mut [f32],
+    ) {
         let depth = inner.len();
         assert!(out.len() == lanes.len().div_ceil(W) * W * depth && lanes.len() <= MAX_COLUMNS);
         match self.lanes {
@@ -79,12 +86,7 @@ impl Operand<'_> {
                         for (lane, row) in rows[..count].iter_mut().enumerate() {
                             self.source.read(first + lane, start, &mut row[..len]);
                         }
-                        let (elements, _) = part.as_chunks_mut::<W>();
-                        for (k, element) in elements.iter_mut().enumerate() {
-                            for lane in 0..W {
-                                element[lane] = rows[lane][k];
-                            }
-                        }
+                        interleave(avx2, &rows, part.as_chunks_mut::<W>().0);
                     }
                 }
             }

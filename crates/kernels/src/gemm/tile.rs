@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use super::pack::{MAX_COLUMNS, Operand};
 use super::{Job, Source, Start};
+use crate::simd::Avx2;
 
 /// Rows of C in registers. With [`NR`] this fills 12 of AVX2's 16 registers with sums.
 pub(super) const MR: usize = 6;
@@ -75,20 +76,15 @@ pub(super) fn pack_left(operand: &Operand, lanes: Range<usize>, inner: Range<usi
     #[cfg(target_arch = "x86_64")]
     {
         #[target_feature(enable = "avx2,fma")]
-        fn avx2(operand: &Operand, lanes: Range<usize>, inner: Range<usize>, out: &mut [f32]) {
-            operand.pack::<MR>(lanes, inner, out);
+        fn avx2(proof: Avx2, operand: &Operand, lanes: Range<usize>, inner: Range<usize>, out: &mut [f32]) {
+            operand.pack::<MR>(Some(proof), lanes, inner, out);
         }
-        if has_avx2() {
+        if let Some(proof) = Avx2::detect() {
             // SAFETY: the processor has the features.
-            return unsafe { avx2(operand, lanes, inner, out) };
+            return unsafe { avx2(proof, operand, lanes, inner, out) };
         }
     }
-    operand.pack::<MR>(lanes, inner, out);
-}
-
-#[cfg(target_arch = "x86_64")]
-fn has_avx2() -> bool {
-    std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma")
+    operand.pack::<MR>(None, lanes, inner, out);
 }
 
 /// # Safety
@@ -99,18 +95,18 @@ unsafe fn dispatch_run(task: &Task, target: &Target, right: &mut Vec<f32>) {
         /// # Safety
         /// That of [`run`].
         #[target_feature(enable = "avx2,fma")]
-        unsafe fn avx2(task: &Task, target: &Target, right: &mut Vec<f32>) {
+        unsafe fn avx2(proof: Avx2, task: &Task, target: &Target, right: &mut Vec<f32>) {
             // SAFETY: the caller's promise is passed on.
-            unsafe { body::<true>(task, target, right) }
+            unsafe { body::<true>(Some(proof), task, target, right) }
         }
-        if has_avx2() {
+        if let Some(proof) = Avx2::detect() {
             // SAFETY: the processor has the features; the caller's promise is passed on.
-            return unsafe { avx2(task, target, right) };
+            return unsafe { avx2(proof, task, target, right) };
         }
     }
     // On x86 without FMA a fused operation would be a call into the C library.
     // SAFETY: the caller's promise is passed on.
-    unsafe { body::<{ cfg!(not(target_arch = "x86_64")) }>(task, target, right) }
+    unsafe { body::<{ cfg!(not(target_arch = "x86_64")) }>(None, task, target, right) }
 }
 
 /// A stretch of the inner dimension: left panels, and the place of the right ones in the task's buffer.
@@ -123,7 +119,7 @@ struct Stretch<'a> {
 /// # Safety
 /// That of [`run`].
 #[inline(always)]
-unsafe fn body<const FMA: bool>(task: &Task, target: &Target, right: &mut Vec<f32>) {
+unsafe fn body<const FMA: bool>(avx2: Option<Avx2>, task: &Task, target: &Target, right: &mut Vec<f32>) {
     let Task { job, columns, rows } = task;
     let width = columns.len();
     debug_assert!(width <= MAX_COLUMNS);
@@ -148,7 +144,7 @@ unsafe fn body<const FMA: bool>(task: &Task, target: &Target, right: &mut Vec<f3
             }
             depth += inner.len();
             stretches.push(Stretch { left, right: from, depth: inner.len() });
-            operand.pack::<NR>(columns.clone(), inner, &mut right[from..from + len]);
+            operand.pack::<NR>(avx2, columns.clone(), inner, &mut right[from..from + len]);
         }
         for panel in rows.start / MR..rows.end.div_ceil(MR) {
             let height = MR.min(rows.end - panel * MR);

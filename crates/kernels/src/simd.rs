@@ -27,7 +27,7 @@ macro_rules! vectorised {
 pub(crate) use vectorised;
 
 /// The proof that the processor has AVX2 and FMA.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Avx2(());
 
 impl Avx2 {

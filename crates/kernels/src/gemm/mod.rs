@@ -10,14 +10,20 @@
 //! which is how a low-rank update costs no second `[m, n]` buffer.
 //!
 //! The scheme is that of Goto & van de Geijn (*Anatomy of High-Performance Matrix Multiplication*, 2008): [`pack`] lays
-//! out panels, [`tile`] multiplies a panel pair in registers. L is packed once and shared by all products with it; R, the
+//! out panels, [`registers`] or [`amx`] multiplies pairs of them. L is packed once and shared by all products with it; R, the
 //! weight, is packed once by the task that owns its columns. Which thread computes an element decides nothing about it,
 //! so results do not depend on the number of threads.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
+mod buffer;
 mod pack;
+mod registers;
 mod source;
-mod tile;
+mod target;
+mod unit;
 
+use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -26,10 +32,9 @@ use rayon::prelude::*;
 pub(crate) use pack::{Lanes, Left, Operand, Source};
 pub(crate) use source::{Below, Dropped, Gated, Half, Matrix, Normed};
 
-use tile::{Target, Task};
-
-/// Columns of C that a task owns: their part of R stays in the second-level cache.
-const TASK_COLUMNS: usize = 4 * tile::NR;
+use buffer::Buffer;
+use target::{Target, Task};
+use unit::Unit;
 
 /// One product L · R of a sum.
 pub(crate) struct Term<'a> {
@@ -90,33 +95,44 @@ pub(crate) fn accumulate(rows: usize, columns: usize, terms: Vec<Term>, out: &mu
     run(rows, columns, &[job], out);
 }
 
+thread_local! {
+    /// The right panels of the task under way.
+    static RIGHT: Cell<Buffer> = const { Cell::new(Buffer::NEW) };
+}
+
 fn run(rows: usize, stride: usize, jobs: &[Job], out: &mut [MaybeUninit<f32>]) {
     if rows == 0 {
         return;
     }
+    let threads = rayon::current_num_threads();
+    let unit = jobs.iter().flat_map(|job| &job.terms).next().map_or_else(Unit::best, |term| term.left.unit());
+    let width = unit.task_columns(stride, threads);
     let target = Target::new(out, stride);
     let mut tasks: Vec<(&Job, Range<usize>)> = Vec::new();
     for job in jobs {
         assert!(job.first + job.columns <= stride);
         for term in &job.terms {
             assert_eq!(term.left.rows(), rows, "an operand has other rows than the product");
+            assert_eq!(term.left.unit(), unit, "operands are packed for different units");
         }
-        tasks.extend(ranges(job.columns, TASK_COLUMNS).map(|columns| (job, columns)));
+        tasks.extend(ranges(job.columns, width).map(|columns| (job, columns)));
     }
     // Whole columns go round evenly as long as there are as many left as threads; the rest is cut into rows, so that no
     // thread waits for a last long task.
-    let threads = rayon::current_num_threads();
     let even = tasks.len() / threads * threads;
     let pieces = if even < tasks.len() { threads.div_ceil(tasks.len() - even) } else { 1 };
-    let height = rows.div_ceil(pieces).next_multiple_of(tile::MR);
+    let height = rows.div_ceil(pieces).next_multiple_of(unit.rows());
     let whole = tasks[..even].iter().map(|(job, columns)| (*job, columns.clone(), 0..rows));
     let cut =
         tasks[even..].iter().flat_map(|(job, columns)| ranges(rows, height).map(|rows| (*job, columns.clone(), rows)));
     let tasks: Vec<_> = whole.chain(cut).collect();
     tasks.into_par_iter().with_max_len(1).for_each(|(job, columns, rows)| {
+        let mut right = RIGHT.take();
         // SAFETY: the tasks are disjoint parts of C: jobs own disjoint columns (`product` checks that they follow each
-        // other, `accumulate` has one), tasks of a job disjoint columns or disjoint rows of the same columns.
-        unsafe { tile::run(Task { job, columns, rows }, &target) };
+        // other, `accumulate` has one), tasks of a job disjoint columns or disjoint rows of the same columns. C is
+        // initialised where a job keeps it: `accumulate` alone makes such jobs.
+        unsafe { unit.run(&Task { job, columns, rows }, &target, &mut right) };
+        RIGHT.set(right);
     });
 }
 
@@ -127,6 +143,7 @@ fn ranges(len: usize, step: usize) -> impl Iterator<Item = Range<usize>> {
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
     use proptest::prelude::*;
 
     use super::*;
@@ -168,22 +185,44 @@ mod tests {
             };
             let lanes = if along_rows { Lanes::Rows } else { Lanes::Columns };
             let low = Matrix::new(&low_left, r);
-            let packed = Left::pack(m, k, Operand::new(&l, lanes));
-            let packed_low = Left::pack(m, r, Operand::new(&low, Lanes::Rows));
             let low_right_matrix = Matrix::new(&low_right, n);
-            let terms = || vec![
-                Term { left: &packed, right: Operand::new(&r_, lanes) },
-                Term { left: &packed_low, right: Operand::new(&low_right_matrix, Lanes::Columns) },
-            ];
             let all = [(k, &left[..], &right[..]), (r, &low_left[..], &low_right[..])];
             let reference = expected(m, n, &all, &start);
-            let check = |found: &[f32]| found.iter().zip(&reference).all(|(f, e)| (f64::from(*f) - e).abs() < 2e-4);
+            let check = |found: &[f32]| found.iter().zip(&reference).all(|(f, e)| (f64::from(*f) - e).abs() < 2e-5);
 
-            let job = Job { first: 0, columns: n, terms: terms(), start: Start::Values(Matrix::new(&start, n)) };
-            prop_assert!(check(&product(m, n, &[job])));
-            let mut kept = start.clone();
-            accumulate(m, n, terms(), &mut kept);
-            prop_assert!(check(&kept));
+            for unit in Unit::all() {
+                let packed = Left::pack_for(unit, m, k, Operand::new(&l, lanes));
+                let packed_low = Left::pack_for(unit, m, r, Operand::new(&low, Lanes::Rows));
+                let terms = || vec![
+                    Term { left: &packed, right: Operand::new(&r_, lanes) },
+                    Term { left: &packed_low, right: Operand::new(&low_right_matrix, Lanes::Columns) },
+                ];
+                let job = Job { first: 0, columns: n, terms: terms(), start: Start::Values(Matrix::new(&start, n)) };
+                prop_assert!(check(&product(m, n, &[job])), "{unit:?}");
+                let mut kept = start.clone();
+                accumulate(m, n, terms(), &mut kept);
+                prop_assert!(check(&kept), "{unit:?}");
+            }
+        }
+
+        /// Widening bf16 is exact, so the product is that of the same numbers in f32.
+        #[test]
+        fn a_weight_in_bf16_gives_the_product_of_its_values(
+            m in 1usize..40, n in 1usize..150, k in 1usize..900, seed: u64, along_rows: bool,
+        ) {
+            let left = values(seed, m * k);
+            let narrow: Vec<bf16> = values(seed ^ 1, k * n).into_iter().map(bf16::from_f32).collect();
+            let wide: Vec<f32> = narrow.iter().map(|value| value.to_f32()).collect();
+            let (lanes, stride) = if along_rows { (Lanes::Rows, k) } else { (Lanes::Columns, n) };
+            let (l, narrow, wide) = (Matrix::new(&left, k), Half::new(&narrow, stride), Matrix::new(&wide, stride));
+            for unit in Unit::all() {
+                let packed = Left::pack_for(unit, m, k, Operand::new(&l, Lanes::Rows));
+                let product = |right: &dyn Source| {
+                    let terms = vec![Term { left: &packed, right: Operand::new(right, lanes) }];
+                    product(m, n, &[Job { first: 0, columns: n, terms, start: Start::Zero }])
+                };
+                prop_assert_eq!(product(&narrow), product(&wide), "{:?}", unit);
+            }
         }
     }
 

@@ -1,17 +1,22 @@
 //! Panels: W neighbouring lanes of an operand, element by element of the inner dimension, as the registers take them.
 
 use std::ops::Range;
-use std::sync::Mutex;
 
-use rayon::prelude::*;
+use half::bf16;
 
-use super::tile::MR;
+use super::buffer::{Buffer, Lent};
+use super::unit::Unit;
 use crate::simd::{Avx2, interleave};
 
 /// A matrix that is read row by row, and may be made while it is read.
 pub(crate) trait Source: Sync {
     /// Writes the elements `first..first + out.len()` of `row`.
     fn read(&self, row: usize, first: usize, out: &mut [f32]);
+
+    /// The elements `first..first + count` of `row`, where they lie in memory as bf16.
+    fn bf16(&self, _row: usize, _first: usize, _count: usize) -> Option<&[bf16]> {
+        None
+    }
 
     /// Asks the processor to fetch what reading `count` elements of `row` will need. A row that there is not is ignored.
     fn prefetch(&self, _row: usize, _first: usize, _count: usize) {}
@@ -29,13 +34,9 @@ pub(crate) enum Lanes {
 /// One side of a product.
 #[derive(Clone, Copy, derive_new::new)]
 pub(crate) struct Operand<'a> {
-    source: &'a dyn Source,
-    lanes: Lanes,
+    pub(super) source: &'a dyn Source,
+    pub(super) lanes: Lanes,
 }
-
-/// Elements of the inner dimension that are multiplied before C is touched again: the left panel then fits the
-/// first-level cache, and the right panels of a task the second.
-const INNER: usize = 768;
 
 /// Elements of a row that are read at one time where lanes are rows: W of these stay in the first-level cache.
 const CHUNK: usize = 64;
@@ -113,76 +114,37 @@ impl Operand<'_> {
 
 /// L, packed: shared by every product with it.
 pub(crate) struct Left {
-    buffer: Vec<f32>,
+    panels: Lent,
+    unit: Unit,
     rows: usize,
     inner: usize,
-}
-
-/// Buffers of operands that are gone, so that the next ones need no fresh memory.
-static BUFFERS: Mutex<Vec<Vec<f32>>> = Mutex::new(Vec::new());
-
-/// More are never in use at one time by one thread that multiplies.
-const KEPT_BUFFERS: usize = 4;
-
-fn buffers() -> std::sync::MutexGuard<'static, Vec<Vec<f32>>> {
-    BUFFERS.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 impl Left {
     /// Packs an operand of `rows` lanes and `inner` elements.
     pub(crate) fn pack(rows: usize, inner: usize, operand: Operand) -> Self {
-        // Panels that one worker packs at a time.
-        const PANELS: usize = 16;
-        let padded = rows.next_multiple_of(MR);
-        let mut buffer = take_buffer(padded * inner);
-        let mut rest = &mut buffer[..padded * inner];
-        for range in blocks(inner) {
-            let part;
-            (part, rest) = rest.split_at_mut(padded * range.len());
-            part.par_chunks_mut((PANELS * MR * range.len()).max(1)).enumerate().for_each(|(i, part)| {
-                let first = i * PANELS * MR;
-                super::tile::pack_left(&operand, first..rows.min(first + PANELS * MR), range.clone(), part);
-            });
-        }
-        Self { buffer, rows, inner }
+        Self::pack_for(Unit::best(), rows, inner, operand)
     }
 
-    pub(crate) fn rows(&self) -> usize {
+    /// Packs an operand for one unit of the processor, which then computes the products with it.
+    pub(super) fn pack_for(unit: Unit, rows: usize, inner: usize, operand: Operand) -> Self {
+        Self { panels: unit.pack_left(rows, inner, &operand), unit, rows, inner }
+    }
+
+    pub(super) fn unit(&self) -> Unit {
+        self.unit
+    }
+
+    pub(super) fn rows(&self) -> usize {
         self.rows
     }
 
-    /// The blocks of the inner dimension, each with its panels `[rows / MR][len][MR]`.
-    pub(super) fn blocks(&self) -> impl Iterator<Item = (Range<usize>, &[f32])> {
-        let padded = self.rows.next_multiple_of(MR);
-        blocks(self.inner).map(move |range| (range.clone(), &self.buffer[padded * range.start..padded * range.end]))
+    pub(super) fn inner(&self) -> usize {
+        self.inner
     }
-}
 
-impl Drop for Left {
-    fn drop(&mut self) {
-        let mut kept = buffers();
-        if kept.len() < KEPT_BUFFERS {
-            kept.push(std::mem::take(&mut self.buffer));
-        }
+    /// The panels of all blocks, one behind the other.
+    pub(super) fn panels(&self) -> &Buffer {
+        &self.panels
     }
-}
-
-/// A buffer of at least `len` elements; what it holds is left over from earlier.
-fn take_buffer(len: usize) -> Vec<f32> {
-    let mut kept = buffers();
-    // The smallest that is large enough, else the largest, which then grows.
-    let fitting = (0..kept.len()).filter(|&i| kept[i].len() >= len).min_by_key(|&i| kept[i].len());
-    let chosen = fitting.or_else(|| (0..kept.len()).max_by_key(|&i| kept[i].len()));
-    let mut buffer = chosen.map(|i| kept.swap_remove(i)).unwrap_or_default();
-    drop(kept);
-    if buffer.len() < len {
-        buffer = Vec::new(); // freed first: a growing vector would copy what nobody needs
-        buffer.resize(len, 0.0);
-    }
-    buffer
-}
-
-/// The inner dimension in equal blocks of at most [`INNER`] elements.
-fn blocks(inner: usize) -> impl Iterator<Item = Range<usize>> {
-    super::ranges(inner, inner.div_ceil(inner.div_ceil(INNER).max(1)))
 }

@@ -56,6 +56,10 @@ impl Source for Half<'_, bf16> {
         widen(&self.data[row * self.stride + first..][..out.len()], out);
     }
 
+    fn bf16(&self, row: usize, first: usize, count: usize) -> Option<&[bf16]> {
+        Some(&self.data[row * self.stride + first..][..count])
+    }
+
     fn prefetch(&self, row: usize, first: usize, count: usize) {
         prefetch(self.data, row * self.stride + first, count);
     }
@@ -151,6 +155,10 @@ pub(crate) struct Below<'a> {
 impl Source for Below<'_> {
     fn read(&self, row: usize, first: usize, out: &mut [f32]) {
         self.source.read(self.first + row, first, out);
+    }
+
+    fn bf16(&self, row: usize, first: usize, count: usize) -> Option<&[bf16]> {
+        self.source.bf16(self.first + row, first, count)
     }
 
     fn prefetch(&self, row: usize, first: usize, count: usize) {

@@ -1,0 +1,184 @@
+//! Tiles of both operands. A left tile has a lane per row; a right one has a lane per 32-bit column and a pair of
+//! neighbouring elements of the inner dimension per row, as the instruction multiplies them.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::{PIECES, ROWS, STEP};
+use crate::gemm::buffer::{Lent, Tile};
+use crate::gemm::pack::{Lanes, MAX_COLUMNS, Operand, Source};
+use crate::gemm::unit::Unit;
+use crate::simd::{Avx2, interleave};
+
+/// Elements of a row that are read at one time.
+const CHUNK: usize = 4 * STEP;
+
+/// Steps, and rows where lanes are columns, that are asked for before they are read: a panel jumps from row to row, which
+/// the processor does not foresee, and a weight comes from memory.
+const STEPS_AHEAD: usize = 8;
+const ROWS_AHEAD: usize = 16;
+
+/// The pieces of x, whose sum it is: each takes the upper half of what is left of the bits.
+#[inline(always)]
+fn split(x: f32) -> [u16; PIECES] {
+    let mut rest = x;
+    [(); PIECES].map(|()| {
+        let piece = rest.to_bits() & 0xffff_0000;
+        rest -= f32::from_bits(piece);
+        (piece >> 16) as u16
+    })
+}
+
+/// [`split`] of as many numbers as `pieces` take.
+#[inline(always)]
+fn split_all<const N: usize>(values: &[f32; N], pieces: [&mut [u16; N]; PIECES]) {
+    let [first, second, third] = pieces;
+    for i in 0..N {
+        [first[i], second[i], third[i]] = split(values[i]);
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+pub(super) fn left(unit: Unit, rows: usize, inner: usize, operand: &Operand) -> Lent {
+    let panels = rows.div_ceil(ROWS);
+    let mut tiles = Lent::tiles(panels * inner.div_ceil(STEP) * PIECES);
+    let mut rest = tiles.tiles_mut(panels * inner.div_ceil(STEP) * PIECES);
+    for range in unit.blocks(inner) {
+        let (part, panel) = (rest, range.len().div_ceil(STEP) * PIECES);
+        let (part, later) = part.split_at_mut(panels * panel);
+        rest = later;
+        part.par_chunks_mut(panel).enumerate().for_each(|(i, tiles)| {
+            let lanes = i * ROWS..rows.min((i + 1) * ROWS);
+            left_panel(operand, lanes, range.clone(), tiles);
+        });
+    }
+    tiles
+}
+
+/// The tiles `[steps][pieces]` of up to 16 lanes.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+fn left_panel(operand: &Operand, lanes: Range<usize>, inner: Range<usize>, tiles: &mut [Tile]) {
+    let (tiles, _) = tiles.as_chunks_mut::<PIECES>();
+    match operand.lanes {
+        Lanes::Rows => {
+            let mut values = [0f32; CHUNK];
+            for row in 0..ROWS {
+                for (tiles, start) in tiles.chunks_mut(CHUNK / STEP).zip(inner.clone().step_by(CHUNK)) {
+                    let len = if row < lanes.len() { CHUNK.min(inner.end - start) } else { 0 };
+                    if len > 0 {
+                        operand.source.read(lanes.start + row, start, &mut values[..len]);
+                    }
+                    values[len..].fill(0.0);
+                    for (tiles, values) in tiles.iter_mut().zip(values.as_chunks::<STEP>().0) {
+                        split_all(values, tiles.each_mut().map(|tile| &mut tile.0[row]));
+                    }
+                }
+            }
+        }
+        Lanes::Columns => {
+            let mut values = [[0f32; ROWS]; STEP];
+            for (tiles, start) in tiles.iter_mut().zip(inner.clone().step_by(STEP)) {
+                let len = STEP.min(inner.end - start);
+                for (k, values) in values[..len].iter_mut().enumerate() {
+                    operand.source.read(start + k, lanes.start, &mut values[..lanes.len()]);
+                }
+                values[len..].fill([0.0; ROWS]);
+                for row in 0..ROWS {
+                    let lane = values.map(|values| values[row]);
+                    split_all(&lane, tiles.each_mut().map(|tile| &mut tile.0[row]));
+                }
+            }
+        }
+    }
+}
+
+/// The pieces of each element of a right operand: bf16 is one.
+pub(super) fn right_pieces(operand: &Operand) -> usize {
+    if operand.source.bf16(0, 0, 0).is_some() { 1 } else { PIECES }
+}
+
+/// The tiles `[lanes / 16][steps][pieces]` of some lanes.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+pub(super) fn right(operand: &Operand, lanes: Range<usize>, inner: Range<usize>, pieces: usize, tiles: &mut [Tile]) {
+    let steps = inner.len().div_ceil(STEP);
+    assert!(tiles.len() == lanes.len().div_ceil(ROWS) * steps * pieces && lanes.len() <= MAX_COLUMNS);
+    match operand.lanes {
+        Lanes::Rows => right_of_rows(operand.source, lanes, inner, pieces, tiles),
+        Lanes::Columns => right_of_columns(operand.source, lanes, inner, pieces, tiles),
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+fn right_of_rows(source: &dyn Source, lanes: Range<usize>, inner: Range<usize>, pieces: usize, tiles: &mut [Tile]) {
+    let steps = inner.len().div_ceil(STEP);
+    let prefetch = |step: usize| {
+        let (panel, start) = (step / steps, inner.start + step % steps * STEP);
+        for row in (lanes.start + panel * ROWS..lanes.end).take(ROWS) {
+            source.prefetch(row, start, STEP.min(inner.end - start));
+        }
+    };
+    (0..STEPS_AHEAD).for_each(prefetch);
+    let mut rows = [[[0u16; STEP]; ROWS]; PIECES];
+    for (step, tiles) in tiles.chunks_exact_mut(pieces).enumerate() {
+        prefetch(step + STEPS_AHEAD);
+        let (panel, start) = (step / steps, inner.start + step % steps * STEP);
+        let (first, len) = (lanes.start + panel * ROWS, STEP.min(inner.end - start));
+        for lane in 0..ROWS {
+            let [whole, second, third] = rows.each_mut().map(|rows| &mut rows[lane]);
+            if first + lane >= lanes.end {
+                [whole, second, third].into_iter().for_each(|row| row.fill(0));
+            } else if let Some(values) = source.bf16(first + lane, start, len) {
+                whole[..len].copy_from_slice(bytemuck::cast_slice(values));
+                whole[len..].fill(0);
+            } else {
+                let mut values = [0f32; STEP];
+                source.read(first + lane, start, &mut values[..len]);
+                split_all(&values, [whole, second, third]);
+            }
+        }
+        for (rows, tile) in rows.iter().zip(tiles) {
+            // Pairs of elements move as one 32-bit number.
+            let rows: &[[f32; STEP / 2]; ROWS] = bytemuck::cast_ref(rows);
+            interleave(Avx2::detect(), rows, bytemuck::cast_mut::<_, [[f32; ROWS]; STEP / 2]>(&mut tile.0));
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+fn right_of_columns(source: &dyn Source, lanes: Range<usize>, inner: Range<usize>, pieces: usize, tiles: &mut [Tile]) {
+    let steps = inner.len().div_ceil(STEP);
+    let width = lanes.len();
+    for row in inner.clone().take(ROWS_AHEAD) {
+        source.prefetch(row, lanes.start, width);
+    }
+    // The two rows of a pair, in pieces; behind the last row and lane there are zeros.
+    let mut pair = [[[0u16; MAX_COLUMNS]; PIECES]; 2];
+    let mut values = [0f32; MAX_COLUMNS];
+    for number in 0..steps * (STEP / 2) {
+        for (row, pieces) in (inner.start + 2 * number..).zip(&mut pair) {
+            if row + ROWS_AHEAD < inner.end {
+                source.prefetch(row + ROWS_AHEAD, lanes.start, width);
+            }
+            let [whole, second, third] = pieces;
+            if row >= inner.end {
+                [whole, second, third].into_iter().for_each(|row| row.fill(0));
+            } else if let Some(values) = source.bf16(row, lanes.start, width) {
+                whole[..width].copy_from_slice(bytemuck::cast_slice(values));
+            } else {
+                source.read(row, lanes.start, &mut values[..width]);
+                split_all(&values, [whole, second, third]);
+            }
+        }
+        let (step, at) = (number / (STEP / 2), number % (STEP / 2));
+        for panel in 0..width.div_ceil(ROWS) {
+            for piece in 0..pieces {
+                let [low, high] = pair.each_ref().map(|rows| &rows[piece].as_chunks::<ROWS>().0[panel]);
+                let out = &mut tiles[(panel * steps + step) * pieces + piece].0[at];
+                for (out, (low, high)) in out.as_chunks_mut::<2>().0.iter_mut().zip(low.iter().zip(high)) {
+                    *out = [*low, *high];
+                }
+            }
+        }
+    }
+}

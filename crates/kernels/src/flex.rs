@@ -4,6 +4,12 @@ use burn::backend::flex::{FlexTensor, Layout};
 use burn::tensor::{Bytes, DType, Shape};
 use rayon::prelude::*;
 
+/// Runs an operation on one of the threads that share its work: each of its parallel parts then wakes the others at most,
+/// and not a thread to hand the work to.
+pub(crate) fn on_worker<R: Send>(operation: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| operation())
+}
+
 /// A read-only, strided f32 matrix over borrowed storage; transposing costs nothing.
 ///
 /// The lifetime ties it to the storage it points into.

@@ -14,6 +14,8 @@ pub fn keep_freed_memory() {
         unsafe {
             libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED_FROM);
             libc::mallopt(libc::M_TRIM_THRESHOLD, -1); // never
+            // Threads with heaps of their own would each keep what they have freed.
+            libc::mallopt(libc::M_ARENA_MAX, 1);
         }
     }
 }

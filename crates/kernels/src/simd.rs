@@ -1,7 +1,7 @@
-//! Loops over slices that the compiler turns into vector code, compiled once for the baseline and once for AVX2 with
-//! FMA, and chosen at run time.
+//! Loops over slices that the compiler turns into vector code, compiled for the baseline, for AVX2 with FMA and for
+//! AVX-512, and chosen at run time.
 
-/// Defines a function whose body is compiled for AVX2 as well where the processor has it.
+/// Defines a function whose body is compiled for AVX2 and AVX-512 as well and runs as what the processor has.
 macro_rules! vectorised {
     ($(#[$doc:meta])* $visibility:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $out:ty)? $body:block) => {
         $(#[$doc])*
@@ -14,6 +14,14 @@ macro_rules! vectorised {
                 #[target_feature(enable = "avx2,fma")]
                 fn avx2($($arg: $type),*) $(-> $out)? {
                     body($($arg),*)
+                }
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+                fn avx512($($arg: $type),*) $(-> $out)? {
+                    body($($arg),*)
+                }
+                if $crate::simd::Avx512::detect().is_some() {
+                    // SAFETY: the processor has the features, which was checked on the line above.
+                    return unsafe { avx512($($arg),*) };
                 }
                 if $crate::simd::Avx2::detect().is_some() {
                     // SAFETY: the processor has the features, which was checked on the line above.
@@ -33,10 +41,35 @@ pub(crate) struct Avx2(());
 impl Avx2 {
     pub(crate) fn detect() -> Option<Self> {
         #[cfg(target_arch = "x86_64")]
-        if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+        if is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
             return Some(Self(()));
         }
         None
+    }
+}
+
+/// The proof that the processor has AVX-512 as servers and recent desktops do, and what [`Avx2`] stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Avx512(());
+
+impl Avx512 {
+    pub(crate) fn detect() -> Option<Self> {
+        #[cfg(target_arch = "x86_64")]
+        if Avx2::detect().is_some()
+            && is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+        {
+            return Some(Self(()));
+        }
+        None
+    }
+}
+
+impl From<Avx512> for Avx2 {
+    fn from(Avx512(()): Avx512) -> Self {
+        Self(())
     }
 }
 

@@ -7,14 +7,14 @@ use burn::tensor::DType;
 use rayon::prelude::*;
 
 use super::{CrossEntropyBodies, generic};
-use crate::flex::{Rows, f32_tensor, integers};
+use crate::flex::{Rows, f32_tensor, integers, on_worker};
 use crate::gemm::{self, Job, Lanes, Left, Matrix, Operand, Source, Start, Term};
 use crate::simd::{exp, lane_max, lane_sum, vectorised};
 use crate::weight::Weight;
 use crate::weight::flex::Stored;
 
 /// Columns of the logits' gradient that are packed at one time.
-const PACKED_COLUMNS: usize = 6144;
+const PACKED_COLUMNS: usize = 3072;
 
 vectorised! {
     /// log Σ exp.
@@ -72,38 +72,49 @@ impl CrossEntropyBodies for Flex {
             return generic::head_loss::<Self>(hidden, w, targets, weights, with_grad, chunk);
         };
         let (hidden, targets, weights) = (Rows::of(&hidden), integers(&targets), Rows::of(&weights));
-        let ([vocabulary, width], rows) = (head.dims(), targets.len());
-        let (source, mut loss) = (head.source(), 0f32);
-        let mut grad = vec![0f32; if with_grad { rows * width } else { 0 }];
-        let mut logits = Vec::new();
-        for first in (0..rows).step_by(chunk) {
-            let count = chunk.min(rows - first);
-            {
-                let x = Matrix::new(&hidden.values()[first * width..], width);
-                let left = Left::pack(count, width, Operand::new(&x, Lanes::Rows));
-                let terms = vec![Term { left: &left, right: Operand::new(&*source, Lanes::Rows) }];
-                let job = Job { first: 0, columns: vocabulary, terms, start: Start::Zero };
-                gemm::product_into(count, vocabulary, &[job], &mut logits);
-            }
-            let log_sums: Vec<f32> = logits.par_chunks_exact(vocabulary).map(log_sum_exp).collect();
-            let (targets, weights) = (&targets[first..][..count], &weights.values()[first..][..count]);
-            for (row, ((log_sum, target), weight)) in log_sums.iter().zip(targets).zip(weights).enumerate() {
-                loss += weight * (log_sum - logits[row * vocabulary + target]);
-            }
-            if !with_grad {
-                continue;
-            }
-            let grad = &mut grad[first * width..][..count * width];
-            for part in (0..vocabulary).step_by(PACKED_COLUMNS) {
-                let columns = PACKED_COLUMNS.min(vocabulary - part);
-                let logits = Matrix::new(&logits, vocabulary);
-                let gradient = LogitsGradient { logits, log_sums: &log_sums, targets, weights, first: part };
-                let left = Left::pack(count, columns, Operand::new(&gradient, Lanes::Rows));
-                let right = gemm::Below::new(&*source, part);
-                let terms = vec![Term { left: &left, right: Operand::new(&right, Lanes::Columns) }];
-                gemm::accumulate(count, width, terms, grad);
-            }
-        }
-        (f32_tensor(vec![loss], [1]), with_grad.then(|| f32_tensor(grad, [rows, width])))
+        on_worker(|| loss_and_gradient(&hidden, &head, &targets, &weights, with_grad, chunk))
     }
+}
+
+fn loss_and_gradient(
+    hidden: &Rows,
+    head: &Stored,
+    targets: &[usize],
+    weights: &Rows,
+    with_grad: bool,
+    chunk: usize,
+) -> (FlexTensor, Option<FlexTensor>) {
+    let ([vocabulary, width], rows) = (head.dims(), targets.len());
+    let (source, mut loss) = (head.source(), 0f32);
+    let mut grad = vec![0f32; if with_grad { rows * width } else { 0 }];
+    let mut logits = Vec::new();
+    for first in (0..rows).step_by(chunk) {
+        let count = chunk.min(rows - first);
+        {
+            let x = Matrix::new(&hidden.values()[first * width..], width);
+            let left = Left::pack(count, width, Operand::new(&x, Lanes::Rows));
+            let terms = vec![Term { left: &left, right: Operand::new(&*source, Lanes::Rows) }];
+            let job = Job { first: 0, columns: vocabulary, terms, start: Start::Zero };
+            gemm::product_into(count, vocabulary, &[job], &mut logits);
+        }
+        let log_sums: Vec<f32> = logits.par_chunks_exact(vocabulary).map(log_sum_exp).collect();
+        let (targets, weights) = (&targets[first..][..count], &weights.values()[first..][..count]);
+        for (row, ((log_sum, target), weight)) in log_sums.iter().zip(targets).zip(weights).enumerate() {
+            loss += weight * (log_sum - logits[row * vocabulary + target]);
+        }
+        if !with_grad {
+            continue;
+        }
+        let grad = &mut grad[first * width..][..count * width];
+        for part in (0..vocabulary).step_by(PACKED_COLUMNS) {
+            let columns = PACKED_COLUMNS.min(vocabulary - part);
+            let logits = Matrix::new(&logits, vocabulary);
+            let gradient = LogitsGradient { logits, log_sums: &log_sums, targets, weights, first: part };
+            let left = Left::pack(count, columns, Operand::new(&gradient, Lanes::Rows));
+            let right = gemm::Below::new(&*source, part);
+            let terms = vec![Term { left: &left, right: Operand::new(&right, Lanes::Columns) }];
+            gemm::accumulate(count, width, terms, grad);
+        }
+    }
+    (f32_tensor(vec![loss], [1]), with_grad.then(|| f32_tensor(grad, [rows, width])))
 }

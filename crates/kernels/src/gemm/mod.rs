@@ -23,17 +23,13 @@ mod source;
 mod target;
 mod unit;
 
-use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::ops::Range;
-
-use rayon::prelude::*;
 
 pub(crate) use pack::{Lanes, Left, Operand, Source};
 pub(crate) use source::{Below, Dropped, Gated, Half, Matrix, Normed};
 
-use buffer::Buffer;
-use target::{Target, Task};
+use target::Target;
 use unit::Unit;
 
 /// One product L · R of a sum.
@@ -95,45 +91,20 @@ pub(crate) fn accumulate(rows: usize, columns: usize, terms: Vec<Term>, out: &mu
     run(rows, columns, &[job], out);
 }
 
-thread_local! {
-    /// The right panels of the task under way.
-    static RIGHT: Cell<Buffer> = const { Cell::new(Buffer::NEW) };
-}
-
 fn run(rows: usize, stride: usize, jobs: &[Job], out: &mut [MaybeUninit<f32>]) {
     if rows == 0 {
         return;
     }
-    let threads = rayon::current_num_threads();
-    let unit = jobs.iter().flat_map(|job| &job.terms).next().map_or_else(Unit::best, |term| term.left.unit());
-    let width = unit.task_columns(stride, threads);
-    let target = Target::new(out, stride);
-    let mut tasks: Vec<(&Job, Range<usize>)> = Vec::new();
-    for job in jobs {
-        assert!(job.first + job.columns <= stride);
-        for term in &job.terms {
-            assert_eq!(term.left.rows(), rows, "an operand has other rows than the product");
-            assert_eq!(term.left.unit(), unit, "operands are packed for different units");
-        }
-        tasks.extend(ranges(job.columns, width).map(|columns| (job, columns)));
-    }
-    // Whole columns go round evenly as long as there are as many left as threads; the rest is cut into rows, so that no
-    // thread waits for a last long task.
-    let even = tasks.len() / threads * threads;
-    let pieces = if even < tasks.len() { threads.div_ceil(tasks.len() - even) } else { 1 };
-    let height = rows.div_ceil(pieces).next_multiple_of(unit.rows());
-    let whole = tasks[..even].iter().map(|(job, columns)| (*job, columns.clone(), 0..rows));
-    let cut =
-        tasks[even..].iter().flat_map(|(job, columns)| ranges(rows, height).map(|rows| (*job, columns.clone(), rows)));
-    let tasks: Vec<_> = whole.chain(cut).collect();
-    tasks.into_par_iter().with_max_len(1).for_each(|(job, columns, rows)| {
-        let mut right = RIGHT.take();
-        // SAFETY: the tasks are disjoint parts of C: jobs own disjoint columns (`product` checks that they follow each
-        // other, `accumulate` has one), tasks of a job disjoint columns or disjoint rows of the same columns. C is
-        // initialised where a job keeps it: `accumulate` alone makes such jobs.
-        unsafe { unit.run(&Task { job, columns, rows }, &target, &mut right) };
-        RIGHT.set(right);
-    });
+    let mut terms = jobs.iter().flat_map(|job| &job.terms);
+    let unit = terms.clone().next().map_or_else(|| Unit::of(rows), |term| term.left.unit());
+    assert!(jobs.iter().all(|job| job.first + job.columns <= stride));
+    assert!(
+        terms.all(|term| term.left.rows() == rows && term.left.unit() == unit),
+        "operands are packed for each other"
+    );
+    // SAFETY: jobs own disjoint columns (`product` checks that they follow each other, `accumulate` has one). C is
+    // initialised where a job keeps it: `accumulate` alone makes such jobs.
+    unsafe { unit.compute(rows, jobs, &Target::new(out, stride)) };
 }
 
 /// `0..len` in steps of `step`.

@@ -13,6 +13,11 @@ pub(crate) trait Source: Sync {
     /// Writes the elements `first..first + out.len()` of `row`.
     fn read(&self, row: usize, first: usize, out: &mut [f32]);
 
+    /// The elements `first..first + count` of `row`, where they lie in memory as they are.
+    fn f32(&self, _row: usize, _first: usize, _count: usize) -> Option<&[f32]> {
+        None
+    }
+
     /// The elements `first..first + count` of `row`, where they lie in memory as bf16.
     fn bf16(&self, _row: usize, _first: usize, _count: usize) -> Option<&[bf16]> {
         None
@@ -47,7 +52,7 @@ const CHUNKS_AHEAD: usize = 4;
 const ROWS_AHEAD: usize = 16;
 
 /// Widest range of columns that are read at one time where lanes are columns.
-pub(super) const MAX_COLUMNS: usize = 256;
+pub(super) const MAX_COLUMNS: usize = 576;
 
 impl Operand<'_> {
     /// Lays out `lanes` × `inner` as panels `[lanes / W][inner][W]`; lanes that there are not are zeros.
@@ -123,7 +128,7 @@ pub(crate) struct Left {
 impl Left {
     /// Packs an operand of `rows` lanes and `inner` elements.
     pub(crate) fn pack(rows: usize, inner: usize, operand: Operand) -> Self {
-        Self::pack_for(Unit::best(), rows, inner, operand)
+        Self::pack_for(Unit::of(rows), rows, inner, operand)
     }
 
     /// Packs an operand for one unit of the processor, which then computes the products with it.

@@ -1,5 +1,6 @@
-//! The inner loops of vector registers: [`MR`] × [`NR`] elements of C in them, for AVX2 and for any other processor.
+//! The inner loops of vector registers: MR × NR elements of C in them.
 
+use std::cell::Cell;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -8,16 +9,42 @@ use super::buffer::{Buffer, Lent};
 use super::pack::{Left, Operand};
 use super::target::{Target, Task};
 use super::unit::Unit;
-use super::{Start, Term};
-use crate::simd::Avx2;
+use super::{Job, Start, Term};
+use crate::simd::{Avx2, Avx512};
 
-/// Rows of C in registers. With [`NR`] this fills 12 of AVX2's 16 registers with sums.
-pub(super) const MR: usize = 6;
-/// Columns of C in registers: two AVX2 registers, four of NEON.
-const NR: usize = 16;
+/// The registers of a processor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Registers {
+    Any,
+    Avx2(Avx2),
+    Avx512(Avx512),
+}
+
+/// Rows and columns of C in 12 of AVX2's 16 registers, and in four times as many of NEON's.
+const SMALL: (usize, usize) = (6, 16);
+/// Rows and columns of C in 24 of AVX-512's 32 registers.
+const LARGE: (usize, usize) = (12, 32);
+
+impl Registers {
+    /// Rows and columns of C in registers.
+    fn tile(self) -> (usize, usize) {
+        match self {
+            Self::Any | Self::Avx2(_) => SMALL,
+            Self::Avx512(_) => LARGE,
+        }
+    }
+
+    fn avx2(self) -> Option<Avx2> {
+        match self {
+            Self::Any => None,
+            Self::Avx2(proof) => Some(proof),
+            Self::Avx512(proof) => Some(proof.into()),
+        }
+    }
+}
 
 /// Columns of C that a task owns.
-pub(super) const TASK_COLUMNS: usize = 4 * NR;
+const TASK_COLUMNS: usize = 64;
 
 /// Elements of the inner dimension that are multiplied before C is touched again: the left panel then fits the
 /// first-level cache, and the right panels of a task the second.
@@ -27,65 +54,121 @@ pub(super) const INNER: usize = 768;
 /// ones beside it.
 const DEPTH: usize = 1024;
 
-type Sums = [[f32; NR]; MR];
-
 /// Packs a left operand: for each block of the inner dimension panels `[lanes / MR][inner][MR]`.
-pub(super) fn pack_left(unit: Unit, avx2: Option<Avx2>, rows: usize, inner: usize, operand: &Operand) -> Lent {
+pub(super) fn pack_left(registers: Registers, rows: usize, inner: usize, operand: &Operand) -> Lent {
     // Panels that one worker packs at a time.
     const PANELS: usize = 16;
-    let padded = rows.next_multiple_of(MR);
+    let (mr, _) = registers.tile();
+    let padded = rows.next_multiple_of(mr);
     let mut panels = Lent::floats(padded * inner);
     let mut rest = panels.floats_mut(padded * inner);
-    for range in unit.blocks(inner) {
+    for range in Unit::Registers(registers).blocks(inner) {
         let part;
         (part, rest) = rest.split_at_mut(padded * range.len());
-        part.par_chunks_mut((PANELS * MR * range.len()).max(1)).enumerate().for_each(|(i, part)| {
-            let first = i * PANELS * MR;
-            pack_lanes(avx2, operand, first..rows.min(first + PANELS * MR), range.clone(), part);
+        part.par_chunks_mut((PANELS * mr * range.len()).max(1)).enumerate().for_each(|(i, part)| {
+            let first = i * PANELS * mr;
+            pack_lanes(registers, operand, first..rows.min(first + PANELS * mr), range.clone(), part);
         });
     }
     panels
 }
 
-fn pack_lanes(avx2: Option<Avx2>, operand: &Operand, lanes: Range<usize>, inner: Range<usize>, out: &mut [f32]) {
+fn pack_lanes(registers: Registers, operand: &Operand, lanes: Range<usize>, inner: Range<usize>, out: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
-    if let Some(proof) = avx2 {
-        #[target_feature(enable = "avx2,fma")]
-        fn on_avx2(proof: Avx2, operand: &Operand, lanes: Range<usize>, inner: Range<usize>, out: &mut [f32]) {
-            operand.pack::<MR>(Some(proof), lanes, inner, out);
-        }
-        // SAFETY: the processor has the features.
-        return unsafe { on_avx2(proof, operand, lanes, inner, out) };
+    #[target_feature(enable = "avx2,fma")]
+    fn on_avx2<const MR: usize>(
+        proof: Avx2,
+        operand: &Operand,
+        lanes: Range<usize>,
+        inner: Range<usize>,
+        out: &mut [f32],
+    ) {
+        operand.pack::<MR>(Some(proof), lanes, inner, out);
     }
-    operand.pack::<MR>(avx2, lanes, inner, out);
+    match registers {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the processor has the features.
+        Registers::Avx512(proof) => unsafe { on_avx2::<{ LARGE.0 }>(proof.into(), operand, lanes, inner, out) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the processor has the features.
+        Registers::Avx2(proof) => unsafe { on_avx2::<{ SMALL.0 }>(proof, operand, lanes, inner, out) },
+        _ => operand.pack::<{ SMALL.0 }>(None, lanes, inner, out),
+    }
 }
 
 /// The panels of a block of a left operand.
-fn block(left: &Left, range: Range<usize>) -> &[f32] {
-    let padded = left.rows().next_multiple_of(MR);
+fn block(left: &Left, mr: usize, range: Range<usize>) -> &[f32] {
+    let padded = left.rows().next_multiple_of(mr);
     &left.panels().floats()[padded * range.start..padded * range.end]
+}
+
+thread_local! {
+    /// The right panels of the task under way.
+    static RIGHT: Cell<Buffer> = const { Cell::new(Buffer::NEW) };
+}
+
+/// Computes jobs. The task that owns columns of C packs their part of R.
+///
+/// # Safety
+/// The jobs' columns are disjoint, nothing else touches `target` meanwhile, and it is initialised where a job begins with
+/// what C holds.
+pub(super) unsafe fn compute(registers: Registers, rows: usize, jobs: &[Job], target: &Target) {
+    let columns = |job: &Job| super::ranges(job.columns, TASK_COLUMNS);
+    let tasks: Vec<_> = jobs.iter().flat_map(|job| columns(job).map(move |columns| (job, columns))).collect();
+    // Whole columns go round evenly as long as there are as many left as threads; the rest is cut into rows, so that no
+    // thread waits for a last long task.
+    let threads = rayon::current_num_threads();
+    let even = tasks.len() / threads * threads;
+    let pieces = if even < tasks.len() { threads.div_ceil(tasks.len() - even) } else { 1 };
+    let height = rows.div_ceil(pieces).next_multiple_of(registers.tile().0);
+    let whole = tasks[..even].iter().map(|(job, columns)| (*job, columns.clone(), 0..rows));
+    let cut = tasks[even..]
+        .iter()
+        .flat_map(|(job, columns)| super::ranges(rows, height).map(|rows| (*job, columns.clone(), rows)));
+    let tasks: Vec<_> = whole.chain(cut).collect();
+    tasks.into_par_iter().with_max_len(1).for_each(|(job, columns, rows)| {
+        let mut right = RIGHT.take();
+        // SAFETY: the tasks are disjoint, as jobs have disjoint columns and tasks of a job disjoint columns or disjoint
+        // rows of the same columns; the caller's promise is passed on.
+        unsafe { run(registers, &Task { job, columns, rows }, target, &mut right) };
+        RIGHT.set(right);
+    });
 }
 
 /// Computes a task, with a buffer for its right panels.
 ///
 /// # Safety
 /// No other thread may touch the task's elements of `target` meanwhile.
-pub(super) unsafe fn run(avx2: Option<Avx2>, task: &Task, target: &Target, right: &mut Buffer) {
+unsafe fn run(registers: Registers, task: &Task, target: &Target, right: &mut Buffer) {
     #[cfg(target_arch = "x86_64")]
-    if let Some(proof) = avx2 {
-        /// # Safety
-        /// That of [`run`].
-        #[target_feature(enable = "avx2,fma")]
-        unsafe fn on_avx2(proof: Avx2, task: &Task, target: &Target, right: &mut Buffer) {
-            // SAFETY: the caller's promise is passed on.
-            unsafe { body::<true>(Some(proof), task, target, right) }
-        }
-        // SAFETY: the processor has the features; the caller's promise is passed on.
-        return unsafe { on_avx2(proof, task, target, right) };
+    /// # Safety
+    /// That of [`run`].
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn on_avx2(task: &Task, target: &Target, proof: Avx2, right: &mut Buffer) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { body::<true, { SMALL.0 }, { SMALL.1 }>(Some(proof), task, target, right) }
     }
-    // On x86 without FMA a fused operation would be a call into the C library.
-    // SAFETY: the caller's promise is passed on.
-    unsafe { body::<{ cfg!(not(target_arch = "x86_64")) }>(avx2, task, target, right) }
+    #[cfg(target_arch = "x86_64")]
+    /// # Safety
+    /// That of [`run`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+    unsafe fn on_avx512(task: &Task, target: &Target, proof: Avx2, right: &mut Buffer) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { body::<true, { LARGE.0 }, { LARGE.1 }>(Some(proof), task, target, right) }
+    }
+    match registers {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the processor has the features; the caller's promise is passed on.
+        Registers::Avx512(proof) => unsafe { on_avx512(task, target, proof.into(), right) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the processor has the features; the caller's promise is passed on.
+        Registers::Avx2(proof) => unsafe { on_avx2(task, target, proof, right) },
+        // On x86 without FMA a fused operation would be a call into the C library.
+        // SAFETY: the caller's promise is passed on.
+        _ => unsafe {
+            body::<{ cfg!(not(target_arch = "x86_64")) }, { SMALL.0 }, { SMALL.1 }>(None, task, target, right);
+        },
+    }
 }
 
 /// A stretch of the inner dimension: left panels, and the place of the right ones in the task's buffer.
@@ -98,14 +181,19 @@ struct Stretch<'a> {
 /// # Safety
 /// That of [`run`].
 #[inline(always)]
-unsafe fn body<const FMA: bool>(avx2: Option<Avx2>, task: &Task, target: &Target, buffer: &mut Buffer) {
+unsafe fn body<const FMA: bool, const MR: usize, const NR: usize>(
+    avx2: Option<Avx2>,
+    task: &Task,
+    target: &Target,
+    buffer: &mut Buffer,
+) {
     let Task { job, columns, rows } = task;
     let panels = columns.len().div_ceil(NR);
     let mut blocks = job
         .terms
         .iter()
         .flat_map(|Term { left, right }| {
-            left.unit().blocks(left.inner()).map(move |inner| (right, inner.clone(), block(left, inner)))
+            left.unit().blocks(left.inner()).map(move |inner| (right, inner.clone(), block(left, MR, inner)))
         })
         .peekable();
     let mut start = job.start;
@@ -129,7 +217,7 @@ unsafe fn body<const FMA: bool>(avx2: Option<Avx2>, task: &Task, target: &Target
                 for Stretch { left, right: from, depth } in &stretches {
                     let left = &left[panel * MR * depth..][..MR * depth];
                     let right = &right[from + j * NR * depth..][..NR * depth];
-                    sums = multiply::<FMA>(sums, left, right);
+                    sums = multiply::<FMA, MR, NR>(sums, left, right);
                 }
                 for (i, sums) in sums[..height].iter().enumerate() {
                     // SAFETY: the task owns these elements, as the caller promises. `Kept` is what the caller asks for an
@@ -147,7 +235,11 @@ unsafe fn body<const FMA: bool>(avx2: Option<Avx2>, task: &Task, target: &Target
 
 /// `sums` + left panel · right panel.
 #[inline(always)]
-fn multiply<const FMA: bool>(mut sums: Sums, left: &[f32], right: &[f32]) -> Sums {
+fn multiply<const FMA: bool, const MR: usize, const NR: usize>(
+    mut sums: [[f32; NR]; MR],
+    left: &[f32],
+    right: &[f32],
+) -> [[f32; NR]; MR] {
     let (left, right) = (left.as_chunks::<MR>().0, right.as_chunks::<NR>().0);
     for (l, r) in left.iter().zip(right) {
         for i in 0..MR {

@@ -31,6 +31,11 @@ impl Source for Matrix<'_> {
     }
 
     #[inline(always)]
+    fn f32(&self, row: usize, first: usize, count: usize) -> Option<&[f32]> {
+        Some(self.row(row, first, count))
+    }
+
+    #[inline(always)]
     fn prefetch(&self, row: usize, first: usize, count: usize) {
         prefetch(self.data, row * self.stride + first, count);
     }
@@ -155,6 +160,10 @@ pub(crate) struct Below<'a> {
 impl Source for Below<'_> {
     fn read(&self, row: usize, first: usize, out: &mut [f32]) {
         self.source.read(self.first + row, first, out);
+    }
+
+    fn f32(&self, row: usize, first: usize, count: usize) -> Option<&[f32]> {
+        self.source.f32(self.first + row, first, count)
     }
 
     fn bf16(&self, row: usize, first: usize, count: usize) -> Option<&[bf16]> {

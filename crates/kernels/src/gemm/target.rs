@@ -1,5 +1,7 @@
 //! C, which several threads write into.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::asm;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -42,6 +44,19 @@ pub(super) struct Task<'a> {
 }
 
 impl Task<'_> {
+    /// Asks the processor for the cache lines of a part of a row of C, to write them: without that, every store waits for
+    /// its line. Places are counted as in [`write`](Self::write).
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub(super) fn prefetch(&self, target: &Target, row: usize, column: usize, count: usize) {
+        const FLOATS_OF_A_LINE: usize = 16;
+        let first = target.data.wrapping_add(row * target.stride + self.job.first + column);
+        for at in (0..count).step_by(FLOATS_OF_A_LINE) {
+            // SAFETY: a prefetch changes nothing that a program can observe, whatever the address is.
+            unsafe { asm!("prefetchw [{}]", in(reg) first.wrapping_add(at), options(nostack, preserves_flags)) };
+        }
+    }
+
     /// Adds sums to what a part of a row of C begins with: `row` counts from C's first, `column` from the job's. Of
     /// the sums those are left out that lie behind the task's last column.
     ///

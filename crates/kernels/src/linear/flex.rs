@@ -13,7 +13,7 @@ use rayon::prelude::*;
 
 use super::{AdapterPath, LinearBodies, LinearGrads, LowRank, Optional, Projected, Prologue, generic};
 use crate::activation::{self, Gate};
-use crate::flex::{Rows, f32_tensor};
+use crate::flex::{Rows, f32_tensor, on_worker};
 use crate::gemm::{self, Dropped, Gated, Job, Lanes, Left, Matrix, Normed, Operand, Source, Start, Term};
 use crate::norm;
 use crate::weight::Weight;
@@ -381,7 +381,7 @@ impl LinearBodies for Flex {
         if !supported(&x, &prologue, &projections) || residual.as_ref().is_some_and(|r| r.dtype() != DType::F32) {
             return generic::forward::<Self>(x, prologue, projections, residual);
         }
-        forward(&x, &prologue, &projections, residual.as_ref())
+        on_worker(move || forward(&x, &prologue, &projections, residual.as_ref()))
     }
 
     fn project_backward(
@@ -394,6 +394,6 @@ impl LinearBodies for Flex {
         if !supported(&x, &prologue, &projections) || grad.dtype() != DType::F32 {
             return generic::backward::<Self>(grad, x, prologue, projections, need_dx);
         }
-        backward(&grad, x, &prologue, &projections, need_dx)
+        on_worker(move || backward(&grad, x, &prologue, &projections, need_dx))
     }
 }

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::{HeadLayout, Norms, QkvBodies, QkvContext, generic};
 use crate::attention::flex as attention;
 use crate::attention::flex::{Heads, Results};
-use crate::flex::{Rows, f32_tensor};
+use crate::flex::{Rows, f32_tensor, on_worker};
 use crate::norm::flex::{backward_row, forward_row};
 use crate::rope::flex::{rotate, rotate_back};
 
@@ -109,8 +109,12 @@ impl QkvBodies for Flex {
         let Some(call) = Call::new(&qkv, context) else {
             return generic::forward::<Self>(qkv, context);
         };
-        let heads = call.heads(call.rotated());
-        let (out, lse) = attention::forward(heads.each_ref(), &context.spans, context.options);
+        let (out, lse) = {
+            on_worker(|| {
+                let heads = call.heads(call.rotated());
+                attention::forward(heads.each_ref(), &context.spans, context.options)
+            })
+        };
         let HeadLayout { heads, dim, .. } = call.layout;
         (f32_tensor(out, [call.batch, call.seq, heads * dim]), f32_tensor(lse, [call.batch, heads, call.seq, 1]))
     }
@@ -126,7 +130,6 @@ impl QkvBodies for Flex {
         let Some(call) = call else {
             return generic::backward::<Self>(grad, qkv, out, lse, context);
         };
-        let heads = call.heads(call.rotated());
         let HeadLayout { heads: count, dim, .. } = call.layout;
         let (batch, seq, (q_width, width)) = (call.batch, call.seq, call.widths());
         let rows = |t: FlexTensor| Heads::within(Rows::of(&t).tensor(), 0, q_width, [batch, seq, count, dim]);
@@ -134,7 +137,18 @@ impl QkvBodies for Flex {
         let row = call.qkv.width();
         let mut grads = vec![0f32; batch * seq * row];
         let results = Results::side_by_side(&mut grads, [0, q_width, width], [seq, row, dim]);
-        attention::backward(heads.each_ref(), saved.each_ref(), &context.spans, context.options, results.each_ref());
+        {
+            on_worker(|| {
+                let heads = call.heads(call.rotated());
+                attention::backward(
+                    heads.each_ref(),
+                    saved.each_ref(),
+                    &context.spans,
+                    context.options,
+                    results.each_ref(),
+                );
+            })
+        };
         call.turn_back(&mut grads);
         f32_tensor(grads, [batch, seq, row])
     }

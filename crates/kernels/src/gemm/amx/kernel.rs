@@ -9,6 +9,7 @@ use crate::gemm::buffer::Tile;
 /// Rows and columns of C that four of the eight tile registers hold.
 pub(super) const SIDE: usize = 2 * Tile::ROWS;
 
+#[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub(super) struct Sums(pub [[f32; SIDE]; SIDE]);
 
@@ -47,11 +48,14 @@ impl Configured {
         Self { _proof: proof, _of_this_thread: PhantomData }
     }
 
-    /// Adds the products of two left panels with one or two right ones, all of equally many steps; a left element has
-    /// [`PIECES`] pieces, a right one `pieces`. Without a second right panel the right half of the sums stays as it is.
+    /// Adds the products of two left panels with one or two right ones, all of equally many steps, to the sums, or to
+    /// zeros where they are `fresh`. A left element has [`PIECES`] pieces, a right one `pieces`. Without a second right panel
+    /// nothing is added to the right half of the sums.
+    #[inline(always)]
     pub(super) fn multiply(
         &self,
         sums: &mut Sums,
+        fresh: bool,
         left: [&[Tile]; 2],
         right: &[Tile],
         second: Option<&[Tile]>,
@@ -69,7 +73,7 @@ impl Configured {
         };
         let (left, right) = (left.map(<[Tile]>::as_ptr), [right.as_ptr(), second.unwrap_or(right).as_ptr()]);
         // SAFETY: the tile registers are set up on this thread; each panel has as many tiles as were counted above.
-        unsafe { multiply(sums, left, right, steps) };
+        unsafe { multiply(sums, fresh, left, right, steps) };
     }
 }
 
@@ -125,15 +129,29 @@ macro_rules! kernel {
         /// # Safety
         /// The tile registers are [`Configured`] on this thread. `left` and `right` each point to the tiles of two panels
         /// of `steps` steps, at least one.
-        unsafe fn $name(sums: &mut Sums, left: [*const Tile; 2], right: [*const Tile; 2], steps: usize) {
+        unsafe fn $name(
+            sums: &mut Sums,
+            fresh: bool,
+            left: [*const Tile; 2],
+            right: [*const Tile; 2],
+            steps: usize,
+        ) {
             // SAFETY: the loop reads the tiles that the caller promises, and the sums are 32 rows of 128 bytes. All
             // registers that change are named.
             unsafe {
                 asm!(
+                    "test {fresh}, {fresh}",
+                    "jnz 3f",
                     "tileloadd tmm0, [{sums} + {row}]",
                     "tileloadd tmm1, [{sums} + {row} + 64]",
                     "tileloadd tmm2, [{sums} + {row} + 128*16]",
                     "tileloadd tmm3, [{sums} + {row} + 128*16 + 64]",
+                    "jmp 2f",
+                    "3:",
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "tilezero tmm2",
+                    "tilezero tmm3",
                     "2:",
                     $($part!($($argument)?),)*
                     "add {a}, 1024*3",
@@ -146,6 +164,7 @@ macro_rules! kernel {
                     "tilestored [{sums} + {row} + 64], tmm1",
                     "tilestored [{sums} + {row} + 128*16], tmm2",
                     "tilestored [{sums} + {row} + 128*16 + 64], tmm3",
+                    fresh = in(reg_byte) u8::from(fresh),
                     sums = in(reg) sums.0.as_mut_ptr(),
                     row = in(reg) size_of::<[f32; SIDE]>(),
                     stride = in(reg) size_of::<[u16; Tile::DEPTH]>(),

@@ -7,16 +7,16 @@ use rayon::prelude::*;
 
 use super::{PIECES, ROWS, STEP};
 use crate::gemm::buffer::{Lent, Tile};
-use crate::gemm::pack::{Lanes, MAX_COLUMNS, Operand, Source};
+use crate::gemm::pack::{Lanes, Left, MAX_COLUMNS, Operand, Source};
 use crate::gemm::unit::Unit;
 use crate::simd::{Avx2, interleave};
 
 /// Elements of a row that are read at one time.
 const CHUNK: usize = 4 * STEP;
 
-/// Steps, and rows where lanes are columns, that are asked for before they are read: a panel jumps from row to row, which
+/// Chunks, and rows where lanes are columns, that are asked for before they are read: a panel jumps from row to row, which
 /// the processor does not foresee, and a weight comes from memory.
-const STEPS_AHEAD: usize = 8;
+const CHUNKS_AHEAD: usize = 2;
 const ROWS_AHEAD: usize = 16;
 
 /// The pieces of x, whose sum it is: each takes the upper half of what is left of the bits.
@@ -32,11 +32,21 @@ fn split(x: f32) -> [u16; PIECES] {
 
 /// [`split`] of as many numbers as `pieces` take.
 #[inline(always)]
-fn split_all<const N: usize>(values: &[f32; N], pieces: [&mut [u16; N]; PIECES]) {
+fn split_all(values: &[f32], pieces: [&mut [u16]; PIECES]) {
     let [first, second, third] = pieces;
-    for i in 0..N {
+    let (first, second, third) = (&mut first[..values.len()], &mut second[..values.len()], &mut third[..values.len()]);
+    for i in 0..values.len() {
         [first[i], second[i], third[i]] = split(values[i]);
     }
+}
+
+/// A part of a row, read into `buffer` where it does not lie in memory.
+#[inline(always)]
+fn part_of_row<'a>(source: &'a dyn Source, row: usize, first: usize, count: usize, buffer: &'a mut [f32]) -> &'a [f32] {
+    source.f32(row, first, count).unwrap_or_else(|| {
+        source.read(row, first, &mut buffer[..count]);
+        &buffer[..count]
+    })
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
@@ -62,16 +72,27 @@ fn left_panel(operand: &Operand, lanes: Range<usize>, inner: Range<usize>, tiles
     let (tiles, _) = tiles.as_chunks_mut::<PIECES>();
     match operand.lanes {
         Lanes::Rows => {
-            let mut values = [0f32; CHUNK];
+            let mut buffer = [0f32; CHUNK];
             for row in 0..ROWS {
                 for (tiles, start) in tiles.chunks_mut(CHUNK / STEP).zip(inner.clone().step_by(CHUNK)) {
                     let len = if row < lanes.len() { CHUNK.min(inner.end - start) } else { 0 };
-                    if len > 0 {
-                        operand.source.read(lanes.start + row, start, &mut values[..len]);
-                    }
-                    values[len..].fill(0.0);
-                    for (tiles, values) in tiles.iter_mut().zip(values.as_chunks::<STEP>().0) {
-                        split_all(values, tiles.each_mut().map(|tile| &mut tile.0[row]));
+                    let values = match len {
+                        0 => &[],
+                        _ => part_of_row(operand.source, lanes.start + row, start, len, &mut buffer),
+                    };
+                    let (whole, rest) = values.as_chunks::<STEP>();
+                    for (i, tiles) in tiles.iter_mut().enumerate() {
+                        let pieces = tiles.each_mut().map(|tile| &mut tile.0[row]);
+                        match whole.get(i) {
+                            Some(values) => split_all(values, pieces.map(|piece| &mut piece[..])),
+                            None => {
+                                let mut values = [0f32; STEP];
+                                if i == whole.len() {
+                                    values[..rest.len()].copy_from_slice(rest);
+                                }
+                                split_all(&values, pieces.map(|piece| &mut piece[..]));
+                            }
+                        }
                     }
                 }
             }
@@ -86,11 +107,17 @@ fn left_panel(operand: &Operand, lanes: Range<usize>, inner: Range<usize>, tiles
                 values[len..].fill([0.0; ROWS]);
                 for row in 0..ROWS {
                     let lane = values.map(|values| values[row]);
-                    split_all(&lane, tiles.each_mut().map(|tile| &mut tile.0[row]));
+                    split_all(&lane, tiles.each_mut().map(|tile| &mut tile.0[row][..]));
                 }
             }
         }
     }
+}
+
+/// The tiles of a block of a left operand.
+pub(super) fn left_block<'a>(left: &'a Left, inner: &Range<usize>) -> &'a [Tile] {
+    let tiles = left.rows().div_ceil(ROWS) * PIECES;
+    &left.panels().tiles()[tiles * (inner.start / STEP)..][..tiles * inner.len().div_ceil(STEP)]
 }
 
 /// The pieces of each element of a right operand: bf16 is one.
@@ -111,36 +138,46 @@ pub(super) fn right(operand: &Operand, lanes: Range<usize>, inner: Range<usize>,
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
 fn right_of_rows(source: &dyn Source, lanes: Range<usize>, inner: Range<usize>, pieces: usize, tiles: &mut [Tile]) {
-    let steps = inner.len().div_ceil(STEP);
-    let prefetch = |step: usize| {
-        let (panel, start) = (step / steps, inner.start + step % steps * STEP);
-        for row in (lanes.start + panel * ROWS..lanes.end).take(ROWS) {
-            source.prefetch(row, start, STEP.min(inner.end - start));
-        }
+    let panel_tiles = inner.len().div_ceil(STEP) * pieces;
+    // Rows of a panel and elements of a chunk, in the order in which they are read.
+    let chunks = inner.len().div_ceil(CHUNK);
+    let chunk = |number: usize| {
+        let (panel, start) = (number / chunks, inner.start + number % chunks * CHUNK);
+        let first = lanes.start + panel * ROWS;
+        (first..lanes.end.min(first + ROWS), start..inner.end.min(start + CHUNK))
     };
-    (0..STEPS_AHEAD).for_each(prefetch);
-    let mut rows = [[[0u16; STEP]; ROWS]; PIECES];
-    for (step, tiles) in tiles.chunks_exact_mut(pieces).enumerate() {
-        prefetch(step + STEPS_AHEAD);
-        let (panel, start) = (step / steps, inner.start + step % steps * STEP);
-        let (first, len) = (lanes.start + panel * ROWS, STEP.min(inner.end - start));
+    let prefetch = |number: usize| {
+        let (rows, part) = chunk(number);
+        rows.for_each(|row| source.prefetch(row, part.start, part.len()));
+    };
+    (0..CHUNKS_AHEAD).for_each(prefetch);
+    let mut rows = [[[0u16; CHUNK]; ROWS]; PIECES];
+    let mut values = [0f32; CHUNK];
+    let parts = tiles.chunks_exact_mut(panel_tiles).flat_map(|panel| panel.chunks_mut(CHUNK / STEP * pieces));
+    for (number, tiles) in parts.enumerate() {
+        prefetch(number + CHUNKS_AHEAD);
+        let (lanes, part) = chunk(number);
+        let len = part.len();
         for lane in 0..ROWS {
             let [whole, second, third] = rows.each_mut().map(|rows| &mut rows[lane]);
-            if first + lane >= lanes.end {
+            if lane >= lanes.len() {
                 [whole, second, third].into_iter().for_each(|row| row.fill(0));
-            } else if let Some(values) = source.bf16(first + lane, start, len) {
+            } else if let Some(values) = source.bf16(lanes.start + lane, part.start, len) {
                 whole[..len].copy_from_slice(bytemuck::cast_slice(values));
                 whole[len..].fill(0);
             } else {
-                let mut values = [0f32; STEP];
-                source.read(first + lane, start, &mut values[..len]);
-                split_all(&values, [whole, second, third]);
+                let values = part_of_row(source, lanes.start + lane, part.start, len, &mut values);
+                [&mut *whole, &mut *second, &mut *third].into_iter().for_each(|row| row[len..].fill(0));
+                split_all(values, [whole, second, third]);
             }
         }
-        for (rows, tile) in rows.iter().zip(tiles) {
-            // Pairs of elements move as one 32-bit number.
-            let rows: &[[f32; STEP / 2]; ROWS] = bytemuck::cast_ref(rows);
-            interleave(Avx2::detect(), rows, bytemuck::cast_mut::<_, [[f32; ROWS]; STEP / 2]>(&mut tile.0));
+        for (step, tiles) in tiles.chunks_exact_mut(pieces).enumerate() {
+            for (rows, tile) in rows.iter().zip(tiles) {
+                // Pairs of elements move as one 32-bit number.
+                let rows: [[f32; STEP / 2]; ROWS] =
+                    std::array::from_fn(|lane| bytemuck::cast(rows[lane].as_chunks::<STEP>().0[step]));
+                interleave(Avx2::detect(), &rows, bytemuck::cast_mut::<_, [[f32; ROWS]; STEP / 2]>(&mut tile.0));
+            }
         }
     }
 }
@@ -166,18 +203,16 @@ fn right_of_columns(source: &dyn Source, lanes: Range<usize>, inner: Range<usize
             } else if let Some(values) = source.bf16(row, lanes.start, width) {
                 whole[..width].copy_from_slice(bytemuck::cast_slice(values));
             } else {
-                source.read(row, lanes.start, &mut values[..width]);
-                split_all(&values, [whole, second, third]);
+                let values = part_of_row(source, row, lanes.start, width, &mut values);
+                split_all(values, [whole, second, third]);
             }
         }
         let (step, at) = (number / (STEP / 2), number % (STEP / 2));
-        for panel in 0..width.div_ceil(ROWS) {
-            for piece in 0..pieces {
+        for (panel, tiles) in tiles.chunks_exact_mut(steps * pieces).enumerate() {
+            for (piece, tile) in tiles[step * pieces..][..pieces].iter_mut().enumerate() {
                 let [low, high] = pair.each_ref().map(|rows| &rows[piece].as_chunks::<ROWS>().0[panel]);
-                let out = &mut tiles[(panel * steps + step) * pieces + piece].0[at];
-                for (out, (low, high)) in out.as_chunks_mut::<2>().0.iter_mut().zip(low.iter().zip(high)) {
-                    *out = [*low, *high];
-                }
+                let pairs: [u32; ROWS] = std::array::from_fn(|i| u32::from(low[i]) | u32::from(high[i]) << 16);
+                tile.0[at] = bytemuck::cast(pairs);
             }
         }
     }

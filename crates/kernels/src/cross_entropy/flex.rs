@@ -92,7 +92,7 @@ fn loss_and_gradient(
         let count = chunk.min(rows - first);
         {
             let x = Matrix::new(&hidden.values()[first * width..], width);
-            let left = Left::pack(count, width, Operand::new(&x, Lanes::Rows));
+            let left = Left::new(count, width, Operand::new(&x, Lanes::Rows));
             let terms = vec![Term { left: &left, right: Operand::new(&*source, Lanes::Rows) }];
             let job = Job { first: 0, columns: vocabulary, terms, start: Start::Zero };
             gemm::product_into(count, vocabulary, &[job], &mut logits);
@@ -110,7 +110,7 @@ fn loss_and_gradient(
             let columns = PACKED_COLUMNS.min(vocabulary - part);
             let logits = Matrix::new(&logits, vocabulary);
             let gradient = LogitsGradient { logits, log_sums: &log_sums, targets, weights, first: part };
-            let left = Left::pack(count, columns, Operand::new(&gradient, Lanes::Rows));
+            let left = Left::new(count, columns, Operand::new(&gradient, Lanes::Rows));
             let right = gemm::Below::new(&*source, part);
             let terms = vec![Term { left: &left, right: Operand::new(&right, Lanes::Columns) }];
             gemm::accumulate(count, width, terms, grad);

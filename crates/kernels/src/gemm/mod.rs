@@ -34,7 +34,7 @@ use unit::Unit;
 
 /// One product L · R of a sum.
 pub(crate) struct Term<'a> {
-    pub left: &'a Left,
+    pub left: &'a Left<'a>,
     /// R: lanes are its columns.
     pub right: Operand<'a>,
 }
@@ -162,8 +162,8 @@ mod tests {
             let check = |found: &[f32]| found.iter().zip(&reference).all(|(f, e)| (f64::from(*f) - e).abs() < 2e-5);
 
             for unit in Unit::all() {
-                let packed = Left::pack_for(unit, m, k, Operand::new(&l, lanes));
-                let packed_low = Left::pack_for(unit, m, r, Operand::new(&low, Lanes::Rows));
+                let packed = Left::for_unit(unit, m, k, Operand::new(&l, lanes));
+                let packed_low = Left::for_unit(unit, m, r, Operand::new(&low, Lanes::Rows));
                 let terms = || vec![
                     Term { left: &packed, right: Operand::new(&r_, lanes) },
                     Term { left: &packed_low, right: Operand::new(&low_right_matrix, Lanes::Columns) },
@@ -187,7 +187,7 @@ mod tests {
             let (lanes, stride) = if along_rows { (Lanes::Rows, k) } else { (Lanes::Columns, n) };
             let (l, narrow, wide) = (Matrix::new(&left, k), Half::new(&narrow, stride), Matrix::new(&wide, stride));
             for unit in Unit::all() {
-                let packed = Left::pack_for(unit, m, k, Operand::new(&l, Lanes::Rows));
+                let packed = Left::for_unit(unit, m, k, Operand::new(&l, Lanes::Rows));
                 let product = |right: &dyn Source| {
                     let terms = vec![Term { left: &packed, right: Operand::new(right, lanes) }];
                     product(m, n, &[Job { first: 0, columns: n, terms, start: Start::Zero }])
@@ -202,7 +202,7 @@ mod tests {
         let (m, k) = (13, 20);
         let (x, w, bias) = (values(1, m * k), values(2, 70 * k), values(3, 70));
         let source = Matrix::new(&x, k);
-        let left = Left::pack(m, k, Operand::new(&source, Lanes::Rows));
+        let left = Left::new(m, k, Operand::new(&source, Lanes::Rows));
         let parts = [Matrix::new(&w[..30 * k], k), Matrix::new(&w[30 * k..], k)];
         let job = |first, columns, part| Job {
             first,

@@ -117,23 +117,30 @@ impl Operand<'_> {
     }
 }
 
-/// L, packed: shared by every product with it.
-pub(crate) struct Left {
-    panels: Lent,
-    unit: Unit,
+/// L, which every product with it shares.
+pub(crate) struct Left<'a> {
+    operand: Operand<'a>,
     rows: usize,
     inner: usize,
+    unit: Unit,
+    /// The panels of all blocks, one behind the other, where registers multiply. The matrix unit's tasks pack rows
+    /// themselves.
+    panels: Option<Lent>,
 }
 
-impl Left {
-    /// Packs an operand of `rows` lanes and `inner` elements.
-    pub(crate) fn pack(rows: usize, inner: usize, operand: Operand) -> Self {
-        Self::pack_for(Unit::of(rows), rows, inner, operand)
+impl<'a> Left<'a> {
+    /// An operand of `rows` lanes and `inner` elements.
+    pub(crate) fn new(rows: usize, inner: usize, operand: Operand<'a>) -> Self {
+        Self::for_unit(Unit::of(rows), rows, inner, operand)
     }
 
-    /// Packs an operand for one unit of the processor, which then computes the products with it.
-    pub(super) fn pack_for(unit: Unit, rows: usize, inner: usize, operand: Operand) -> Self {
-        Self { panels: unit.pack_left(rows, inner, &operand), unit, rows, inner }
+    /// An operand for one unit of the processor, which then computes the products with it.
+    pub(super) fn for_unit(unit: Unit, rows: usize, inner: usize, operand: Operand<'a>) -> Self {
+        Self { panels: unit.pack_left(rows, inner, &operand), operand, rows, inner, unit }
+    }
+
+    pub(super) fn operand(&self) -> &Operand<'a> {
+        &self.operand
     }
 
     pub(super) fn unit(&self) -> Unit {
@@ -148,8 +155,7 @@ impl Left {
         self.inner
     }
 
-    /// The panels of all blocks, one behind the other.
-    pub(super) fn panels(&self) -> &Buffer {
-        &self.panels
+    pub(super) fn panels(&self) -> Option<&Buffer> {
+        self.panels.as_deref()
     }
 }

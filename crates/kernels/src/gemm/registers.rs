@@ -33,14 +33,6 @@ impl Registers {
             Self::Avx512(_) => LARGE,
         }
     }
-
-    fn avx2(self) -> Option<Avx2> {
-        match self {
-            Self::Any => None,
-            Self::Avx2(proof) => Some(proof),
-            Self::Avx512(proof) => Some(proof.into()),
-        }
-    }
 }
 
 /// Columns of C that a task owns.
@@ -97,9 +89,9 @@ fn pack_lanes(registers: Registers, operand: &Operand, lanes: Range<usize>, inne
 }
 
 /// The panels of a block of a left operand.
-fn block(left: &Left, mr: usize, range: Range<usize>) -> &[f32] {
+fn block<'a>(left: &'a Left, mr: usize, range: Range<usize>) -> &'a [f32] {
     let padded = left.rows().next_multiple_of(mr);
-    &left.panels().floats()[padded * range.start..padded * range.end]
+    &left.panels().expect("an operand for registers is packed").floats()[padded * range.start..padded * range.end]
 }
 
 thread_local! {

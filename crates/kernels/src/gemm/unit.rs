@@ -54,12 +54,12 @@ impl Unit {
         super::ranges(inner, inner.div_ceil(inner.div_ceil(most).max(1)).next_multiple_of(multiple))
     }
 
-    /// Packs a left operand of `rows` lanes and `inner` elements.
-    pub(super) fn pack_left(self, rows: usize, inner: usize, operand: &Operand) -> Lent {
+    /// Packs a left operand of `rows` lanes and `inner` elements, if that is not left to the tasks.
+    pub(super) fn pack_left(self, rows: usize, inner: usize, operand: &Operand) -> Option<Lent> {
         match self {
-            Self::Registers(registers) => registers::pack_left(registers, rows, inner, operand),
+            Self::Registers(registers) => Some(registers::pack_left(registers, rows, inner, operand)),
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-            Self::Amx(unit) => amx::pack_left(unit, rows, inner, operand),
+            Self::Amx(_) => None,
         }
     }
 

@@ -172,7 +172,7 @@ struct Low {
 
 impl Low {
     /// s_i · L_i · R_i for each part with an adapter, `operands(i)` being L_i and R_i.
-    fn product<'o>(rows: usize, parts: &[Part], operands: impl Fn(usize) -> (&'o Left, Operand<'o>)) -> Self {
+    fn product<'o>(rows: usize, parts: &[Part], operands: impl Fn(usize) -> (&'o Left<'o>, Operand<'o>)) -> Self {
         let (mut width, mut firsts, mut jobs) = (0, Vec::new(), Vec::new());
         for (i, part) in parts.iter().enumerate() {
             firsts.push(width);
@@ -200,9 +200,11 @@ impl Low {
         parts: &[Part],
         sources: &Sources,
     ) -> Self {
-        let pack = |dropout| Left::pack(rows, inner, Operand::new(&Dropped::new(h, inner, dropout), Lanes::Rows));
+        let dropped = |part: &Part| part.adapter.as_ref().and(part.path.dropout).map(|d| Dropped::new(h, inner, d));
+        let dropped: Vec<Option<Dropped>> = parts.iter().map(dropped).collect();
+        let left_of = |dropped| Left::new(rows, inner, Operand::new(dropped, Lanes::Rows));
         let own: Vec<Option<Left>> =
-            parts.iter().map(|part| part.adapter.as_ref().and(part.path.dropout).map(pack)).collect();
+            dropped.iter().map(|dropped| dropped.as_ref().map(|dropped| left_of(dropped))).collect();
         Self::product(rows, parts, |i| {
             let (a, ..) = sources.factors[i].as_ref().expect("asked for adapters only");
             (own[i].as_ref().or(left).expect("h is packed for parts without dropout"), Operand::new(a, Lanes::Rows))
@@ -214,14 +216,19 @@ impl Low {
         Matrix::new(&self.values[self.firsts[part].min(self.values.len())..], self.width)
     }
 
-    /// The matrix of each part with an adapter, packed as rows.
-    fn packed(&self, rows: usize, sources: &Sources) -> Vec<Option<Left>> {
-        let pack = |(i, factors): (usize, &Option<(Matrix, Matrix, usize)>)| {
-            let (.., rank) = factors.as_ref()?;
-            Some(Left::pack(rows, *rank, Operand::new(&self.part(i), Lanes::Rows)))
-        };
-        sources.factors.iter().enumerate().map(pack).collect()
+    /// The matrices of all parts.
+    fn matrices(&self) -> Vec<Matrix<'_>> {
+        (0..self.firsts.len()).map(|part| self.part(part)).collect()
     }
+}
+
+/// The matrix of each part with an adapter as a left operand.
+fn lefts<'a>(rows: usize, low: &'a [Matrix<'a>], sources: &Sources) -> Vec<Option<Left<'a>>> {
+    let left = |(low, factors): (&'a Matrix<'a>, &Option<(Matrix, Matrix, usize)>)| {
+        let (.., rank) = factors.as_ref()?;
+        Some(Left::new(rows, *rank, Operand::new(low, Lanes::Rows)))
+    };
+    low.iter().zip(&sources.factors).map(left).collect()
 }
 
 fn forward(
@@ -239,8 +246,10 @@ fn forward(
     let mut y = hidden.with(|h| match few {
         true => few_rows::forward(rows, inner, width, h, &parts, &sources),
         false => {
-            let left = Left::pack(rows, inner, Operand::new(h, Lanes::Rows));
-            let low = Low::hidden(rows, h, Some(&left), inner, &parts, &sources).packed(rows, &sources);
+            let left = Left::new(rows, inner, Operand::new(h, Lanes::Rows));
+            let low = Low::hidden(rows, h, Some(&left), inner, &parts, &sources);
+            let low = low.matrices();
+            let low = lefts(rows, &low, &sources);
             let jobs: Vec<Job> = parts
                 .iter()
                 .enumerate()
@@ -300,13 +309,14 @@ fn backward(
     let g: Vec<Matrix> =
         parts.iter().map(|part| Matrix::new(&grad.values()[part.first.min(grad.len())..], width)).collect();
     let left: Vec<Left> =
-        parts.iter().zip(&g).map(|(part, g)| Left::pack(rows, part.columns, Operand::new(g, Lanes::Rows))).collect();
+        parts.iter().zip(&g).map(|(part, g)| Left::new(rows, part.columns, Operand::new(g, Lanes::Rows))).collect();
     let u = Low::product(rows, &parts, |i| {
         let (_, b, _) = sources.factors[i].as_ref().expect("asked for adapters only");
         (&left[i], Operand::new(b, Lanes::Columns))
     });
     let dh = need_dx.then(|| {
-        let low = u.packed(rows, &sources);
+        let low = u.matrices();
+        let low = lefts(rows, &low, &sources);
         let mut terms = Vec::new();
         for i in 0..parts.len() {
             terms.push(Term { left: &left[i], right: Operand::new(&*sources.weights[i], Lanes::Columns) });
@@ -345,12 +355,12 @@ fn adapter_grads(
     }
     let low = {
         let shared = parts.iter().any(|part| part.adapter.is_some() && part.path.dropout.is_none());
-        let left = shared.then(|| Left::pack(rows, inner, Operand::new(h, Lanes::Rows)));
+        let left = shared.then(|| Left::new(rows, inner, Operand::new(h, Lanes::Rows)));
         Low::hidden(rows, h, left.as_ref(), inner, parts, sources)
     };
     // Lᵀ R of two matrices with M rows.
     let transposed = |left: &dyn Source, rank: usize, right: &dyn Source, columns: usize| {
-        let left = Left::pack(rank, rows, Operand::new(left, Lanes::Columns));
+        let left = Left::new(rank, rows, Operand::new(left, Lanes::Columns));
         let terms = vec![Term { left: &left, right: Operand::new(right, Lanes::Columns) }];
         gemm::product(rank, columns, &[Job { first: 0, columns, terms, start: Start::Zero }])
     };

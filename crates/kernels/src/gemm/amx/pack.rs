@@ -3,12 +3,9 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::{PIECES, ROWS, STEP};
-use crate::gemm::buffer::{Lent, Tile};
-use crate::gemm::pack::{Lanes, Left, MAX_COLUMNS, Operand, Source};
-use crate::gemm::unit::Unit;
+use crate::gemm::buffer::Tile;
+use crate::gemm::pack::{Lanes, MAX_COLUMNS, Operand, Source};
 use crate::simd::{Avx2, interleave};
 
 /// Elements of a row that are read at one time.
@@ -49,21 +46,13 @@ fn part_of_row<'a>(source: &'a dyn Source, row: usize, first: usize, count: usiz
     })
 }
 
+/// The tiles `[lanes / 16][steps][pieces]` of some lanes and elements of a left operand.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-pub(super) fn left(unit: Unit, rows: usize, inner: usize, operand: &Operand) -> Lent {
-    let panels = rows.div_ceil(ROWS);
-    let mut tiles = Lent::tiles(panels * inner.div_ceil(STEP) * PIECES);
-    let mut rest = tiles.tiles_mut(panels * inner.div_ceil(STEP) * PIECES);
-    for range in unit.blocks(inner) {
-        let (part, panel) = (rest, range.len().div_ceil(STEP) * PIECES);
-        let (part, later) = part.split_at_mut(panels * panel);
-        rest = later;
-        part.par_chunks_mut(panel).enumerate().for_each(|(i, tiles)| {
-            let lanes = i * ROWS..rows.min((i + 1) * ROWS);
-            left_panel(operand, lanes, range.clone(), tiles);
-        });
+pub(super) fn left(operand: &Operand, lanes: Range<usize>, inner: Range<usize>, tiles: &mut [Tile]) {
+    let panel = inner.len().div_ceil(STEP) * PIECES;
+    for (tiles, first) in tiles.chunks_exact_mut(panel).zip(lanes.clone().step_by(ROWS)) {
+        left_panel(operand, first..lanes.end.min(first + ROWS), inner.clone(), tiles);
     }
-    tiles
 }
 
 /// The tiles `[steps][pieces]` of up to 16 lanes.
@@ -112,12 +101,6 @@ fn left_panel(operand: &Operand, lanes: Range<usize>, inner: Range<usize>, tiles
             }
         }
     }
-}
-
-/// The tiles of a block of a left operand.
-pub(super) fn left_block<'a>(left: &'a Left, inner: &Range<usize>) -> &'a [Tile] {
-    let tiles = left.rows().div_ceil(ROWS) * PIECES;
-    &left.panels().tiles()[tiles * (inner.start / STEP)..][..tiles * inner.len().div_ceil(STEP)]
 }
 
 /// The pieces of each element of a right operand: bf16 is one.

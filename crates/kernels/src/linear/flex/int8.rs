@@ -40,7 +40,7 @@ pub(super) fn product(rows: usize, inner: usize, h: &dyn Source, part: &Part) ->
     let QuantisedRows { codes, scales, outliers } = quantise_rows(&x, inner, part.threshold);
     let (weight, weight_scales) = part.weight.int8().expect("only INT8 weights have a threshold");
     let codes = Codes { codes: &codes, columns: inner };
-    let left = Left::pack(rows, inner, Operand::new(&codes, Lanes::Rows));
+    let left = Left::new(rows, inner, Operand::new(&codes, Lanes::Rows));
     let terms = vec![Term { left: &left, right: Operand::new(&weight, Lanes::Rows) }];
     let job = Job { first: 0, columns: part.columns, terms, start: Start::Zero };
     let mut y = gemm::product(rows, part.columns, &[job]);
@@ -51,7 +51,7 @@ pub(super) fn product(rows: usize, inner: usize, h: &dyn Source, part: &Part) ->
         let (x, weight) = (Matrix::new(&x, inner), part.weight.source());
         let [x, weight]: [&dyn Source; 2] = [&x, &*weight];
         let [x, weight] = [x, weight].map(|source| Picked { source, columns: &outliers });
-        let left = Left::pack(rows, outliers.len(), Operand::new(&x, Lanes::Rows));
+        let left = Left::new(rows, outliers.len(), Operand::new(&x, Lanes::Rows));
         gemm::accumulate(
             rows,
             part.columns,

@@ -78,6 +78,7 @@ fn main() {
     attention::fused(&bench);
     attention::measure(&bench, args.longest);
     products::formats(&bench);
+    products::packing(&bench);
     attention::memory(&bench, args.longest);
 }
 

@@ -160,3 +160,40 @@ pub fn formats(bench: &Bench) {
         );
     }
 }
+
+/// What multiplying with a frozen weight costs whatever the number of rows: packing it into the order of the inner loop, and
+/// starting. It is the intercept of a line through the times, and the most that could be saved by packing a weight once and
+/// keeping it beside the original.
+pub fn packing(bench: &Bench) {
+    const ROWS: [usize; 4] = [128, 256, 512, 1024];
+    let name = "`frozen_linear` by rows";
+    if !bench.wants(name) {
+        return;
+    }
+    let rows = ROWS.map(|rows| rows.to_string()).join(" | ");
+    println!("\n| {name}, weight in bf16, forward (ms) | {rows} | whatever the rows | of 256 | of 1024 |");
+    println!("|---|---|---|---|---|---|---|---|");
+    for (k, n) in PROJECTIONS {
+        let weight = raw(&random([n, k], 0.05, &bench.device).cast(DType::BF16));
+        let x = ROWS.map(|rows| raw(&random([rows, k], 1.0, &bench.device)));
+        let run = |i: usize| {
+            let (weight, path) = (Weight::Dense(weight.clone()), AdapterPath::new(1.0, None));
+            let frozen = Projected { weight, bias: Optional::Absent, adapter: LowRank::Absent, path };
+            black_box(Flex::project_forward(x[i].clone(), Prologue::Plain, vec![frozen], None));
+        };
+        let seconds = alternate(bench.rounds, [&mut || run(0), &mut || run(1), &mut || run(2), &mut || run(3)]);
+        let fixed = intercept(ROWS.map(|rows| rows as f64), seconds);
+        let times = seconds.map(|seconds| format!("{:.2}", seconds * 1e3)).join(" | ");
+        let share = |i: usize| 100.0 * fixed / seconds[i];
+        println!("| {k} → {n} | {times} | {:.2} | {:.0}% | {:.0}% |", fixed * 1e3, share(1), share(3));
+    }
+}
+
+/// Where the line that fits the points best crosses x = 0.
+fn intercept<const N: usize>(x: [f64; N], y: [f64; N]) -> f64 {
+    let mean = |values: &[f64; N]| values.iter().sum::<f64>() / N as f64;
+    let (mean_x, mean_y) = (mean(&x), mean(&y));
+    let slope = x.iter().zip(&y).map(|(x, y)| (x - mean_x) * (y - mean_y)).sum::<f64>()
+        / x.iter().map(|x| (x - mean_x).powi(2)).sum::<f64>();
+    mean_y - slope * mean_x
+}

@@ -9,10 +9,11 @@
 //! dropped out. So none of these exists as a tensor, and none costs a pass over memory. The terms share one pass over C,
 //! which is how a low-rank update costs no second `[m, n]` buffer.
 //!
-//! The scheme is that of Goto & van de Geijn (*Anatomy of High-Performance Matrix Multiplication*, 2008): [`pack`] lays
-//! out panels, [`registers`] or [`amx`] multiplies pairs of them. L is packed once and shared by all products with it; R, the
-//! weight, is packed once by the task that owns its columns. Which thread computes an element decides nothing about it,
-//! so results do not depend on the number of threads.
+//! The scheme is that of Goto & van de Geijn (*Anatomy of High-Performance Matrix Multiplication*, 2008): operands are
+//! laid out in panels, and pairs of panels multiplied, by a [`unit`] of the processor: vector [`registers`], or [`amx`],
+//! Intel's matrix unit. Registers share L, packed once, and the task that owns columns of C packs their part of R; the
+//! matrix unit's tasks share R, and each packs the rows of L that it multiplies. Which thread computes an element decides
+//! nothing about it, so results do not depend on the number of threads.
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
@@ -193,6 +194,42 @@ mod tests {
                     product(m, n, &[Job { first: 0, columns: n, terms, start: Start::Zero }])
                 };
                 prop_assert_eq!(product(&narrow), product(&wide), "{:?}", unit);
+            }
+        }
+    }
+
+    #[test]
+    fn the_number_of_threads_changes_no_bit() {
+        let (m, k, n) = (300, 900, 200);
+        let (x, w) = (values(1, m * k), values(2, k * n));
+        let (x, w) = (Matrix::new(&x, k), Matrix::new(&w, k));
+        for unit in Unit::all() {
+            let on = |threads| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| {
+                    let left = Left::for_unit(unit, m, k, Operand::new(&x, Lanes::Rows));
+                    let terms = vec![Term { left: &left, right: Operand::new(&w, Lanes::Rows) }];
+                    product(m, n, &[Job { first: 0, columns: n, terms, start: Start::Zero }])
+                })
+            };
+            let alone = on(1);
+            assert!([2, 3, 8].into_iter().all(|threads| on(threads) == alone), "{unit:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_spoils_its_row_and_no_other() {
+        let (m, k, n) = (70, 40, 50);
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let (mut x, w) = (values(1, m * k), values(2, k * n));
+            x[33 * k + 7] = bad;
+            let (x, w) = (Matrix::new(&x, k), Matrix::new(&w, k));
+            for unit in Unit::all() {
+                let left = Left::for_unit(unit, m, k, Operand::new(&x, Lanes::Rows));
+                let terms = vec![Term { left: &left, right: Operand::new(&w, Lanes::Rows) }];
+                let found = product(m, n, &[Job { first: 0, columns: n, terms, start: Start::Zero }]);
+                let mut rows = found.chunks_exact(n).enumerate();
+                assert!(rows.all(|(i, row)| row.iter().all(|value| value.is_finite() == (i != 33))), "{unit:?} {bad}");
             }
         }
     }

@@ -109,12 +109,10 @@ impl QkvBodies for Flex {
         let Some(call) = Call::new(&qkv, context) else {
             return generic::forward::<Self>(qkv, context);
         };
-        let (out, lse) = {
-            on_worker(|| {
-                let heads = call.heads(call.rotated());
-                attention::forward(heads.each_ref(), &context.spans, context.options)
-            })
-        };
+        let (out, lse) = on_worker(|| {
+            let heads = call.heads(call.rotated());
+            attention::forward(heads.each_ref(), &context.spans, context.options)
+        });
         let HeadLayout { heads, dim, .. } = call.layout;
         (f32_tensor(out, [call.batch, call.seq, heads * dim]), f32_tensor(lse, [call.batch, heads, call.seq, 1]))
     }
@@ -137,18 +135,16 @@ impl QkvBodies for Flex {
         let row = call.qkv.width();
         let mut grads = vec![0f32; batch * seq * row];
         let results = Results::side_by_side(&mut grads, [0, q_width, width], [seq, row, dim]);
-        {
-            on_worker(|| {
-                let heads = call.heads(call.rotated());
-                attention::backward(
-                    heads.each_ref(),
-                    saved.each_ref(),
-                    &context.spans,
-                    context.options,
-                    results.each_ref(),
-                );
-            })
-        };
+        on_worker(|| {
+            let heads = call.heads(call.rotated());
+            attention::backward(
+                heads.each_ref(),
+                saved.each_ref(),
+                &context.spans,
+                context.options,
+                results.each_ref(),
+            );
+        });
         call.turn_back(&mut grads);
         f32_tensor(grads, [batch, seq, row])
     }

@@ -27,6 +27,17 @@ pub(crate) trait Source: Sync {
     fn prefetch(&self, _row: usize, _first: usize, _count: usize) {}
 }
 
+impl dyn Source + '_ {
+    /// The elements `first..first + count` of `row`, read into `buffer` where they do not lie in memory.
+    #[inline(always)]
+    pub(super) fn part<'a>(&'a self, row: usize, first: usize, count: usize, buffer: &'a mut [f32]) -> &'a [f32] {
+        self.f32(row, first, count).unwrap_or_else(|| {
+            self.read(row, first, &mut buffer[..count]);
+            &buffer[..count]
+        })
+    }
+}
+
 /// Which index of the source runs along the lanes of a panel; the other one is the inner dimension of the product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Lanes {
@@ -97,8 +108,7 @@ impl Operand<'_> {
                 }
             }
             Lanes::Columns => {
-                let mut row = [0f32; MAX_COLUMNS];
-                let row = &mut row[..lanes.len().next_multiple_of(W).min(MAX_COLUMNS)];
+                let mut buffer = [0f32; MAX_COLUMNS];
                 for ahead in inner.clone().take(ROWS_AHEAD) {
                     self.source.prefetch(ahead, lanes.start, lanes.len());
                 }
@@ -106,10 +116,15 @@ impl Operand<'_> {
                     if source_row + ROWS_AHEAD < inner.end {
                         self.source.prefetch(source_row + ROWS_AHEAD, lanes.start, lanes.len());
                     }
-                    self.source.read(source_row, lanes.start, &mut row[..lanes.len()]);
+                    let row = self.source.part(source_row, lanes.start, lanes.len(), &mut buffer);
                     for (panel, values) in out.chunks_exact_mut(depth * W).zip(row.chunks(W)) {
-                        panel[k * W..][..values.len()].copy_from_slice(values);
-                        panel[k * W + values.len()..(k + 1) * W].fill(0.0);
+                        let element = &mut panel[k * W..][..W];
+                        if let Ok(values) = <&[f32; W]>::try_from(values) {
+                            element.copy_from_slice(values);
+                        } else {
+                            element[..values.len()].copy_from_slice(values);
+                            element[values.len()..].fill(0.0);
+                        }
                     }
                 }
             }

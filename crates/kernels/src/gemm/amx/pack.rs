@@ -37,15 +37,6 @@ fn split_all(values: &[f32], pieces: [&mut [u16]; PIECES]) {
     }
 }
 
-/// A part of a row, read into `buffer` where it does not lie in memory.
-#[inline(always)]
-fn part_of_row<'a>(source: &'a dyn Source, row: usize, first: usize, count: usize, buffer: &'a mut [f32]) -> &'a [f32] {
-    source.f32(row, first, count).unwrap_or_else(|| {
-        source.read(row, first, &mut buffer[..count]);
-        &buffer[..count]
-    })
-}
-
 /// The tiles `[lanes / 16][steps][pieces]` of some lanes and elements of a left operand.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
 pub(super) fn left(operand: &Operand, lanes: Range<usize>, inner: Range<usize>, tiles: &mut [Tile]) {
@@ -67,7 +58,7 @@ fn left_panel(operand: &Operand, lanes: Range<usize>, inner: Range<usize>, tiles
                     let len = if row < lanes.len() { CHUNK.min(inner.end - start) } else { 0 };
                     let values = match len {
                         0 => &[],
-                        _ => part_of_row(operand.source, lanes.start + row, start, len, &mut buffer),
+                        _ => operand.source.part(lanes.start + row, start, len, &mut buffer),
                     };
                     let (whole, rest) = values.as_chunks::<STEP>();
                     for (i, tiles) in tiles.iter_mut().enumerate() {
@@ -149,7 +140,7 @@ fn right_of_rows(source: &dyn Source, lanes: Range<usize>, inner: Range<usize>, 
                 whole[..len].copy_from_slice(bytemuck::cast_slice(values));
                 whole[len..].fill(0);
             } else {
-                let values = part_of_row(source, lanes.start + lane, part.start, len, &mut values);
+                let values = source.part(lanes.start + lane, part.start, len, &mut values);
                 [&mut *whole, &mut *second, &mut *third].into_iter().for_each(|row| row[len..].fill(0));
                 split_all(values, [whole, second, third]);
             }
@@ -186,7 +177,7 @@ fn right_of_columns(source: &dyn Source, lanes: Range<usize>, inner: Range<usize
             } else if let Some(values) = source.bf16(row, lanes.start, width) {
                 whole[..width].copy_from_slice(bytemuck::cast_slice(values));
             } else {
-                let values = part_of_row(source, row, lanes.start, width, &mut values);
+                let values = source.part(row, lanes.start, width, &mut values);
                 split_all(values, [whole, second, third]);
             }
         }

@@ -15,6 +15,11 @@
 //! matrix unit's tasks share R, and each packs the rows of L that it multiplies. Which thread computes an element decides
 //! nothing about it, so results do not depend on the number of threads.
 
+#![cfg_attr(
+    not(all(target_arch = "x86_64", target_os = "linux")),
+    allow(dead_code, reason = "the matrix unit alone reads it")
+)]
+
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
 mod buffer;

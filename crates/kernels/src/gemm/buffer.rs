@@ -49,7 +49,7 @@ impl Buffer {
 static SPARE: Mutex<Vec<Buffer>> = Mutex::new(Vec::new());
 
 /// More are never in use at one time by one thread that multiplies.
-const KEPT: usize = 8;
+const KEPT: usize = 4;
 
 fn spare() -> MutexGuard<'static, Vec<Buffer>> {
     SPARE.lock().unwrap_or_else(PoisonError::into_inner)

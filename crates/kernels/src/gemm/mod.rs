@@ -106,7 +106,7 @@ fn run(rows: usize, stride: usize, jobs: &[Job], out: &mut [MaybeUninit<f32>]) {
     assert!(jobs.iter().all(|job| job.first + job.columns <= stride));
     assert!(
         terms.all(|term| term.left.rows() == rows && term.left.unit() == unit),
-        "operands are packed for each other"
+        "an operand has other rows than the product, or is for another unit"
     );
     // SAFETY: jobs own disjoint columns (`product` checks that they follow each other, `accumulate` has one). C is
     // initialised where a job keeps it: `accumulate` alone makes such jobs.
@@ -199,6 +199,33 @@ mod tests {
                     product(m, n, &[Job { first: 0, columns: n, terms, start: Start::Zero }])
                 };
                 prop_assert_eq!(product(&narrow), product(&wide), "{:?}", unit);
+            }
+        }
+    }
+
+    /// So long and wide that the units take the inner dimension and the columns in several parts.
+    #[test]
+    fn large_jobs_that_share_an_operand_match_their_definition() {
+        let (m, k, widths) = (70, 1700, [700, 800]);
+        let (x, w) = (values(1, m * k), values(2, (700 + 800) * k));
+        let narrow: Vec<bf16> = w[700 * k..].iter().map(|value| bf16::from_f32(*value)).collect();
+        let (l, first, second) = (Matrix::new(&x, k), Matrix::new(&w, k), Half::new(&narrow, k));
+        let rights: [&dyn Source; 2] = [&first, &second];
+        for unit in Unit::all() {
+            let left = Left::for_unit(unit, m, k, Operand::new(&l, Lanes::Rows));
+            let job = |i: usize| Job {
+                first: [0, 700][i],
+                columns: widths[i],
+                terms: (0..2).map(|_| Term { left: &left, right: Operand::new(rights[i], Lanes::Rows) }).collect(),
+                start: Start::Zero,
+            };
+            let found = product(m, 1500, &[job(0), job(1)]);
+            for (i, row) in found.chunks_exact(1500).enumerate() {
+                for (j, found) in row.iter().enumerate() {
+                    let weight = |p: usize| if j < 700 { w[j * k + p] } else { narrow[(j - 700) * k + p].to_f32() };
+                    let sum: f64 = (0..k).map(|p| f64::from(x[i * k + p]) * f64::from(weight(p))).sum();
+                    assert!((f64::from(*found) - 2.0 * sum).abs() < 1e-4, "{unit:?} at {i}, {j}");
+                }
             }
         }
     }

@@ -125,6 +125,7 @@ fn right_of_rows(source: &dyn Source, lanes: Range<usize>, inner: Range<usize>, 
         rows.for_each(|row| source.prefetch(row, part.start, part.len()));
     };
     (0..CHUNKS_AHEAD).for_each(prefetch);
+    let avx2 = Avx2::detect();
     let mut rows = [[[0u16; CHUNK]; ROWS]; PIECES];
     let mut values = [0f32; CHUNK];
     let parts = tiles.chunks_exact_mut(panel_tiles).flat_map(|panel| panel.chunks_mut(CHUNK / STEP * pieces));
@@ -150,7 +151,7 @@ fn right_of_rows(source: &dyn Source, lanes: Range<usize>, inner: Range<usize>, 
                 // Pairs of elements move as one 32-bit number.
                 let rows: [[f32; STEP / 2]; ROWS] =
                     std::array::from_fn(|lane| bytemuck::cast(rows[lane].as_chunks::<STEP>().0[step]));
-                interleave(Avx2::detect(), &rows, bytemuck::cast_mut::<_, [[f32; ROWS]; STEP / 2]>(&mut tile.0));
+                interleave(avx2, &rows, bytemuck::cast_mut::<_, [[f32; ROWS]; STEP / 2]>(&mut tile.0));
             }
         }
     }

@@ -18,7 +18,7 @@ impl Tile {
 
 /// Packed panels, as tiles or as floats. What is there at first is left over from earlier.
 #[derive(Default)]
-pub(super) struct Buffer(Vec<Tile>);
+pub(crate) struct Buffer(Vec<Tile>);
 
 impl Buffer {
     pub(super) const NEW: Self = Self(Vec::new());
@@ -40,7 +40,7 @@ impl Buffer {
     }
 
     /// At least `count` floats; those that are there are kept.
-    pub(super) fn floats_mut(&mut self, count: usize) -> &mut [f32] {
+    pub(crate) fn floats_mut(&mut self, count: usize) -> &mut [f32] {
         &mut bytemuck::cast_slice_mut(self.tiles_mut(count.div_ceil(Tile::FLOATS)))[..count]
     }
 }
@@ -56,7 +56,7 @@ fn spare() -> MutexGuard<'static, Vec<Buffer>> {
 }
 
 /// A buffer that another one uses when this one is gone.
-pub(super) struct Lent(Buffer);
+pub(crate) struct Lent(Buffer);
 
 impl Lent {
     /// One of at least `count` tiles.
@@ -75,7 +75,7 @@ impl Lent {
     }
 
     /// One of at least `count` floats.
-    pub(super) fn floats(count: usize) -> Self {
+    pub(crate) fn floats(count: usize) -> Self {
         Self::tiles(count.div_ceil(Tile::FLOATS))
     }
 }

@@ -25,6 +25,7 @@ mod amx;
 mod buffer;
 mod pack;
 mod registers;
+pub(crate) mod skinny;
 mod source;
 mod target;
 mod unit;
@@ -32,6 +33,7 @@ mod unit;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+pub(crate) use buffer::Lent;
 pub(crate) use pack::{Lanes, Left, Operand, Source};
 pub(crate) use source::{Below, Dropped, Gated, Half, Matrix, Normed};
 

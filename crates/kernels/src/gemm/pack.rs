@@ -5,6 +5,7 @@ use std::ops::Range;
 use half::bf16;
 
 use super::buffer::{Buffer, Lent};
+use super::source::Matrix;
 use super::unit::Unit;
 use crate::simd::{Avx2, interleave};
 
@@ -13,14 +14,19 @@ pub(crate) trait Source: Sync {
     /// Writes the elements `first..first + out.len()` of `row`.
     fn read(&self, row: usize, first: usize, out: &mut [f32]);
 
-    /// The elements `first..first + count` of `row`, where they lie in memory as they are.
-    fn f32(&self, _row: usize, _first: usize, _count: usize) -> Option<&[f32]> {
+    /// The matrix itself, where it lies in memory as it is.
+    fn matrix(&self) -> Option<Matrix<'_>> {
         None
     }
 
     /// The elements `first..first + count` of `row`, where they lie in memory as bf16.
     fn bf16(&self, _row: usize, _first: usize, _count: usize) -> Option<&[bf16]> {
         None
+    }
+
+    /// Whether its numbers are the values of codes of a few bits, so that a product need not take all 24 bits of an f32.
+    fn coarse(&self) -> bool {
+        false
     }
 
     /// Asks the processor to fetch what reading `count` elements of `row` will need. A row that there is not is ignored.
@@ -31,10 +37,13 @@ impl dyn Source + '_ {
     /// The elements `first..first + count` of `row`, read into `buffer` where they do not lie in memory.
     #[inline(always)]
     pub(super) fn part<'a>(&'a self, row: usize, first: usize, count: usize, buffer: &'a mut [f32]) -> &'a [f32] {
-        self.f32(row, first, count).unwrap_or_else(|| {
-            self.read(row, first, &mut buffer[..count]);
-            &buffer[..count]
-        })
+        match self.matrix() {
+            Some(matrix) => matrix.row(row, first, count),
+            None => {
+                self.read(row, first, &mut buffer[..count]);
+                &buffer[..count]
+            }
+        }
     }
 }
 

@@ -22,6 +22,12 @@ impl<'a> Matrix<'a> {
     pub(crate) fn row(&self, row: usize, first: usize, count: usize) -> &'a [f32] {
         &self.data[row * self.stride + first..][..count]
     }
+
+    /// What lies from an element on, below it and to its right; nothing behind the last element.
+    #[inline(always)]
+    pub(crate) fn from(&self, row: usize, column: usize) -> Self {
+        Self { data: &self.data[(row * self.stride + column).min(self.data.len())..], stride: self.stride }
+    }
 }
 
 impl Source for Matrix<'_> {
@@ -31,8 +37,8 @@ impl Source for Matrix<'_> {
     }
 
     #[inline(always)]
-    fn f32(&self, row: usize, first: usize, count: usize) -> Option<&[f32]> {
-        Some(self.row(row, first, count))
+    fn matrix(&self) -> Option<Matrix<'_>> {
+        Some(*self)
     }
 
     #[inline(always)]
@@ -162,8 +168,8 @@ impl Source for Below<'_> {
         self.source.read(self.first + row, first, out);
     }
 
-    fn f32(&self, row: usize, first: usize, count: usize) -> Option<&[f32]> {
-        self.source.f32(self.first + row, first, count)
+    fn matrix(&self) -> Option<Matrix<'_>> {
+        Some(self.source.matrix()?.from(self.first, 0))
     }
 
     fn bf16(&self, row: usize, first: usize, count: usize) -> Option<&[bf16]> {

@@ -3,6 +3,7 @@
 //! h is packed once for all projections of a group; the adapter's product is a further stretch of the inner dimension of
 //! the frozen one; a weight stored in a narrower format is widened tile by tile.
 
+mod adapters;
 mod few_rows;
 mod int8;
 
@@ -14,10 +15,11 @@ use rayon::prelude::*;
 use super::{AdapterPath, LinearBodies, LinearGrads, LowRank, Optional, Projected, Prologue, generic};
 use crate::activation::{self, Gate};
 use crate::flex::{Rows, f32_tensor, on_worker};
-use crate::gemm::{self, Dropped, Gated, Job, Lanes, Left, Matrix, Normed, Operand, Source, Start, Term};
+use crate::gemm::{self, Gated, Job, Lanes, Left, Matrix, Normed, Operand, Source, Start, Term};
 use crate::norm;
 use crate::weight::Weight;
 use crate::weight::flex::Stored;
+use adapters::{Adapters, Low};
 
 /// Rows up to which a product is limited by reading the weight, so that each weight is read once and used at once.
 const FEW_ROWS: usize = 4;
@@ -162,73 +164,17 @@ impl<'a> Sources<'a> {
     }
 }
 
-/// A matrix of r columns for each adapter, side by side in `[M, Σ r]`.
-struct Low {
-    values: Vec<f32>,
-    width: usize,
-    /// First column of each part; parts without an adapter take none.
-    firsts: Vec<usize>,
-}
-
-impl Low {
-    /// s_i · L_i · R_i for each part with an adapter, `operands(i)` being L_i and R_i.
-    fn product<'o>(rows: usize, parts: &[Part], operands: impl Fn(usize) -> (&'o Left<'o>, Operand<'o>)) -> Self {
-        let (mut width, mut firsts, mut jobs) = (0, Vec::new(), Vec::new());
-        for (i, part) in parts.iter().enumerate() {
-            firsts.push(width);
-            let Some(Factors { rank, .. }) = part.adapter else { continue };
-            let (left, right) = operands(i);
-            jobs.push(Job { first: width, columns: rank, terms: vec![Term { left, right }], start: Start::Zero });
-            width += rank;
-        }
-        let mut values = gemm::product(rows, width, &jobs);
-        for row in values.chunks_exact_mut(width.max(1)) {
-            for (part, first) in parts.iter().zip(&firsts) {
-                let rank = part.adapter.as_ref().map_or(0, |factors| factors.rank);
-                row[*first..first + rank].iter_mut().for_each(|value| *value *= part.path.scale);
-            }
-        }
-        Self { values, width, firsts }
-    }
-
-    /// s_i · h̃_i A_iᵀ. `left` is h, packed, for the parts without dropout.
-    fn hidden(
-        rows: usize,
-        h: &dyn Source,
-        left: Option<&Left>,
-        inner: usize,
-        parts: &[Part],
-        sources: &Sources,
-    ) -> Self {
-        let dropped = |part: &Part| part.adapter.as_ref().and(part.path.dropout).map(|d| Dropped::new(h, inner, d));
-        let dropped: Vec<Option<Dropped>> = parts.iter().map(dropped).collect();
-        let left_of = |dropped| Left::new(rows, inner, Operand::new(dropped, Lanes::Rows));
-        let own: Vec<Option<Left>> =
-            dropped.iter().map(|dropped| dropped.as_ref().map(|dropped| left_of(dropped))).collect();
-        Self::product(rows, parts, |i| {
-            let (a, ..) = sources.factors[i].as_ref().expect("asked for adapters only");
-            (own[i].as_ref().or(left).expect("h is packed for parts without dropout"), Operand::new(a, Lanes::Rows))
-        })
-    }
-
-    /// The matrix of a part.
-    fn part(&self, part: usize) -> Matrix<'_> {
-        Matrix::new(&self.values[self.firsts[part].min(self.values.len())..], self.width)
-    }
-
-    /// The matrices of all parts.
-    fn matrices(&self) -> Vec<Matrix<'_>> {
-        (0..self.firsts.len()).map(|part| self.part(part)).collect()
-    }
+fn matrices<'a>(low: &'a Low, parts: &[Part]) -> Vec<Option<Matrix<'a>>> {
+    (0..parts.len()).map(|part| low.part(part)).collect()
 }
 
 /// The matrix of each part with an adapter as a left operand.
-fn lefts<'a>(rows: usize, low: &'a [Matrix<'a>], sources: &Sources) -> Vec<Option<Left<'a>>> {
-    let left = |(low, factors): (&'a Matrix<'a>, &Option<(Matrix, Matrix, usize)>)| {
-        let (.., rank) = factors.as_ref()?;
-        Some(Left::new(rows, *rank, Operand::new(low, Lanes::Rows)))
+fn lefts<'a>(rows: usize, low: &'a [Option<Matrix<'a>>], parts: &[Part]) -> Vec<Option<Left<'a>>> {
+    let left = |(low, part): (&'a Option<Matrix<'a>>, &Part)| {
+        let rank = part.adapter.as_ref()?.rank;
+        Some(Left::new(rows, rank, Operand::new(low.as_ref()?, Lanes::Rows)))
     };
-    low.iter().zip(&sources.factors).map(left).collect()
+    low.iter().zip(parts).map(left).collect()
 }
 
 fn forward(
@@ -247,9 +193,9 @@ fn forward(
         true => few_rows::forward(rows, inner, width, h, &parts, &sources),
         false => {
             let left = Left::new(rows, inner, Operand::new(h, Lanes::Rows));
-            let low = Low::hidden(rows, h, Some(&left), inner, &parts, &sources);
-            let low = low.matrices();
-            let low = lefts(rows, &low, &sources);
+            let low = Adapters::new(&parts, rows, inner).hidden(h);
+            let low = matrices(&low, &parts);
+            let low = lefts(rows, &low, &parts);
             let jobs: Vec<Job> = parts
                 .iter()
                 .enumerate()
@@ -310,13 +256,10 @@ fn backward(
         parts.iter().map(|part| Matrix::new(&grad.values()[part.first.min(grad.len())..], width)).collect();
     let left: Vec<Left> =
         parts.iter().zip(&g).map(|(part, g)| Left::new(rows, part.columns, Operand::new(g, Lanes::Rows))).collect();
-    let u = Low::product(rows, &parts, |i| {
-        let (_, b, _) = sources.factors[i].as_ref().expect("asked for adapters only");
-        (&left[i], Operand::new(b, Lanes::Columns))
-    });
+    let (u, adapters) = hidden.with(|h| Adapters::new(&parts, rows, inner).backward(h, &g));
     let dh = need_dx.then(|| {
-        let low = u.matrices();
-        let low = lefts(rows, &low, &sources);
+        let low = matrices(&u, &parts);
+        let low = lefts(rows, &low, &parts);
         let mut terms = Vec::new();
         for i in 0..parts.len() {
             terms.push(Term { left: &left[i], right: Operand::new(&*sources.weights[i], Lanes::Columns) });
@@ -336,49 +279,7 @@ fn backward(
         dh
     });
     drop(left);
-    let adapters = hidden.with(|h| adapter_grads(rows, inner, h, &g, &u, &parts, &sources));
     LinearGrads { dx: dh.map(|dh| hidden.backward(dh)), adapters }
-}
-
-/// dA_i = u_iᵀ h̃_i and dB_i = g_iᵀ (s_i h̃_i A_iᵀ).
-fn adapter_grads(
-    rows: usize,
-    inner: usize,
-    h: &dyn Source,
-    g: &[Matrix],
-    u: &Low,
-    parts: &[Part],
-    sources: &Sources,
-) -> Vec<Option<(FlexTensor, FlexTensor)>> {
-    if u.width == 0 {
-        return parts.iter().map(|_| None).collect();
-    }
-    let low = {
-        let shared = parts.iter().any(|part| part.adapter.is_some() && part.path.dropout.is_none());
-        let left = shared.then(|| Left::new(rows, inner, Operand::new(h, Lanes::Rows)));
-        Low::hidden(rows, h, left.as_ref(), inner, parts, sources)
-    };
-    // Lᵀ R of two matrices with M rows.
-    let transposed = |left: &dyn Source, rank: usize, right: &dyn Source, columns: usize| {
-        let left = Left::new(rank, rows, Operand::new(left, Lanes::Columns));
-        let terms = vec![Term { left: &left, right: Operand::new(right, Lanes::Columns) }];
-        gemm::product(rank, columns, &[Job { first: 0, columns, terms, start: Start::Zero }])
-    };
-    // Without dropout all adapters see the same h, which is then read once.
-    let together = parts.iter().all(|part| part.path.dropout.is_none());
-    let all_da = if together { transposed(&u.part(0), u.width, h, inner) } else { Vec::new() };
-    let of_part = |(i, part): (usize, &Part)| {
-        let Factors { rank, .. } = part.adapter.as_ref()?;
-        let da = match part.path.dropout {
-            _ if together => all_da[u.firsts[i] * inner..][..rank * inner].to_vec(),
-            Some(dropout) => transposed(&u.part(i), *rank, &Dropped::new(h, inner, dropout), inner),
-            None => transposed(&u.part(i), *rank, h, inner),
-        };
-        let db_t = transposed(&low.part(i), *rank, &g[i], part.columns);
-        let db = (0..part.columns * rank).map(|at| db_t[at % rank * part.columns + at / rank]).collect();
-        Some((f32_tensor(da, [*rank, inner]), f32_tensor(db, [part.columns, *rank])))
-    };
-    parts.iter().enumerate().map(of_part).collect()
 }
 
 impl LinearBodies for Flex {

@@ -152,6 +152,10 @@ impl Source for FourBit<'_> {
             rest = later;
         }
     }
+
+    fn coarse(&self) -> bool {
+        true
+    }
 }
 
 /// Values of codes times their scale, from the first byte's low half on where `from_low`.
@@ -241,6 +245,10 @@ impl Source for Int8<'_> {
     fn read(&self, row: usize, first: usize, out: &mut [f32]) {
         let factor = self.scales.map_or(1.0, |scales| scales[row] * CODE_SCALE);
         widen_codes(&self.codes[row * self.columns + first..][..out.len()], factor, out);
+    }
+
+    fn coarse(&self) -> bool {
+        true
     }
 }
 

@@ -3,7 +3,7 @@
 use std::arch::asm;
 use std::marker::PhantomData;
 
-use super::{Amx, PIECES};
+use super::{Amx, Pieces};
 use crate::gemm::buffer::Tile;
 
 /// Rows and columns of C that four of the eight tile registers hold.
@@ -49,8 +49,7 @@ impl Configured {
     }
 
     /// Adds the products of two left panels with one or two right ones, all of equally many steps, to the sums, or to
-    /// zeros where they are `fresh`. A left element has [`PIECES`] pieces, a right one `pieces`. Without a second right panel
-    /// nothing is added to the right half of the sums.
+    /// zeros where they are `fresh`. Without a second right panel nothing is added to the right half of the sums.
     #[inline(always)]
     pub(super) fn multiply(
         &self,
@@ -59,17 +58,19 @@ impl Configured {
         left: [&[Tile]; 2],
         right: &[Tile],
         second: Option<&[Tile]>,
-        pieces: usize,
+        pieces: Pieces,
     ) {
-        let steps = right.len() / pieces;
-        assert!(steps > 0 && right.len() == steps * pieces && second.is_none_or(|second| second.len() == right.len()));
-        assert!(left.iter().all(|left| left.len() == steps * PIECES));
+        let steps = right.len() / pieces.right();
+        assert!(steps > 0 && right.len() == steps * pieces.right());
+        assert!(second.is_none_or(|second| second.len() == right.len()));
+        assert!(left.iter().all(|left| left.len() == steps * pieces.left()));
         let multiply = match (pieces, second) {
-            (1, Some(_)) => two_by_two_bf16,
-            (1, None) => two_by_one_bf16,
-            (PIECES, Some(_)) => two_by_two_f32,
-            (PIECES, None) => two_by_one_f32,
-            _ => unreachable!("numbers have one piece or three"),
+            (Pieces::Bf16, Some(_)) => two_by_two_bf16,
+            (Pieces::Bf16, None) => two_by_one_bf16,
+            (Pieces::Coarse, Some(_)) => two_by_two_coarse,
+            (Pieces::Coarse, None) => two_by_one_coarse,
+            (Pieces::F32, Some(_)) => two_by_two_f32,
+            (Pieces::F32, None) => two_by_one_f32,
         };
         let (left, right) = (left.map(<[Tile]>::as_ptr), [right.as_ptr(), second.unwrap_or(right).as_ptr()]);
         // SAFETY: the tile registers are set up on this thread; each panel has as many tiles as were counted above.
@@ -123,9 +124,9 @@ macro_rules! multiply_first {
     };
 }
 
-/// A kernel for right elements of some pieces, whose steps are made of the given parts.
+/// A kernel for left and right elements of some pieces, whose steps are made of the given parts.
 macro_rules! kernel {
-    ($name:ident, $pieces:literal, [$($part:ident!($($argument:literal)?)),* $(,)?]) => {
+    ($name:ident, $left:literal, $right:literal, [$($part:ident!($($argument:literal)?)),* $(,)?]) => {
         /// # Safety
         /// The tile registers are [`Configured`] on this thread. `left` and `right` each point to the tiles of two panels
         /// of `steps` steps, at least one.
@@ -154,10 +155,10 @@ macro_rules! kernel {
                     "tilezero tmm3",
                     "2:",
                     $($part!($($argument)?),)*
-                    "add {a}, 1024*3",
-                    "add {b}, 1024*3",
-                    concat!("add {c}, 1024*", $pieces),
-                    concat!("add {d}, 1024*", $pieces),
+                    concat!("add {a}, 1024*", $left),
+                    concat!("add {b}, 1024*", $left),
+                    concat!("add {c}, 1024*", $right),
+                    concat!("add {d}, 1024*", $right),
                     "dec {steps}",
                     "jnz 2b",
                     "tilestored [{sums} + {row}], tmm0",
@@ -184,11 +185,13 @@ macro_rules! kernel {
 
 kernel!(
     two_by_two_bf16,
+    3,
     1,
     [load_right!(0), load_left!(0), multiply!(), load_left!(1), multiply!(), load_left!(2), multiply!()]
 );
 kernel!(
     two_by_one_bf16,
+    3,
     1,
     [
         load_first_right!(0),
@@ -200,9 +203,42 @@ kernel!(
         multiply_first!(),
     ]
 );
+kernel!(
+    two_by_two_coarse,
+    2,
+    2,
+    [
+        load_right!(0),
+        load_left!(0),
+        multiply!(),
+        load_left!(1),
+        multiply!(),
+        load_right!(1),
+        multiply!(),
+        load_left!(0),
+        multiply!(),
+    ]
+);
+kernel!(
+    two_by_one_coarse,
+    2,
+    2,
+    [
+        load_first_right!(0),
+        load_left!(0),
+        multiply_first!(),
+        load_left!(1),
+        multiply_first!(),
+        load_first_right!(1),
+        multiply_first!(),
+        load_left!(0),
+        multiply_first!(),
+    ]
+);
 // The products whose pieces' places add up to at most two; the others are below an f32's last place.
 kernel!(
     two_by_two_f32,
+    3,
     3,
     [
         load_right!(0),
@@ -224,6 +260,7 @@ kernel!(
 );
 kernel!(
     two_by_one_f32,
+    3,
     3,
     [
         load_first_right!(0),

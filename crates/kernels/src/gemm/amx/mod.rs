@@ -6,9 +6,11 @@
 //! ```text
 //! w in bf16:  (x₀ + x₁ + x₂) · w                                           exact before it is summed
 //! w in f32:   x₀w₀ + x₁w₀ + x₂w₀ + x₀w₁ + x₁w₁ + x₀w₂ (+ terms below 2⁻²⁴)   as f32 rounds a product
+//! w coarse:   (x₀ + x₁) · (w₀ + w₁)                                        x and w rounded to 2⁻¹⁸, then exact
 //! ```
 //!
-//! which is f32 arithmetic at several times the rate of the vector registers (the scheme of Henry, Tang & Heinecke,
+//! A coarse weight is the value of a code in 4 or 8 bits ([`Source::coarse`](super::Source::coarse)), which stands for all
+//! weights between its neighbours: what it is worth is known to some percent. The others are f32 arithmetic at several times the rate of the vector registers (the scheme of Henry, Tang & Heinecke,
 //! *Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations*, 2019). Two differences are
 //! left: numbers below 2⁻¹²⁶ count as zero, and an infinite operand makes NaN rather than an infinity.
 
@@ -20,6 +22,7 @@ mod run;
 use std::sync::OnceLock;
 
 use super::buffer::Tile;
+use super::pack::Operand;
 use crate::simd::Avx512;
 pub(super) use run::compute;
 
@@ -31,8 +34,46 @@ pub(super) const STEP: usize = Tile::DEPTH;
 /// Elements of the inner dimension in a block of an operand.
 pub(super) const INNER: usize = 768;
 
-/// Pieces of an f32.
-const PIECES: usize = 3;
+/// How many pieces the elements of both sides have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pieces {
+    /// The right side is in bf16.
+    Bf16,
+    /// The right side is [coarse](super::Source::coarse).
+    Coarse,
+    F32,
+}
+
+impl Pieces {
+    const MOST: usize = 3;
+
+    fn of(right: &Operand) -> Self {
+        if right.source.bf16(0, 0, 0).is_some() {
+            Self::Bf16
+        } else if right.source.coarse() {
+            Self::Coarse
+        } else {
+            Self::F32
+        }
+    }
+
+    /// Those of a left element.
+    fn left(self) -> usize {
+        match self {
+            Self::Coarse => 2,
+            Self::Bf16 | Self::F32 => 3,
+        }
+    }
+
+    /// Those of a right element.
+    fn right(self) -> usize {
+        match self {
+            Self::Bf16 => 1,
+            Self::Coarse => 2,
+            Self::F32 => 3,
+        }
+    }
+}
 
 /// The proof that the processor has AMX with bf16 and AVX-512, and that the system lets this process use it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::{PIECES, ROWS, STEP};
+use super::{Pieces, ROWS, STEP};
 use crate::gemm::buffer::Tile;
 use crate::gemm::pack::{Lanes, MAX_COLUMNS, Operand, Source};
 use crate::simd::{Avx2, interleave};
@@ -16,12 +16,18 @@ const CHUNK: usize = 4 * STEP;
 const CHUNKS_AHEAD: usize = 2;
 const ROWS_AHEAD: usize = 16;
 
-/// The pieces of x, whose sum it is: each takes the upper half of what is left of the bits.
+/// The pieces of x. Three make up x: each takes the upper half of what is left of the bits. Two are the nearest ones.
 #[inline(always)]
-fn split(x: f32) -> [u16; PIECES] {
+fn split<const N: usize>(x: f32) -> [u16; N] {
     let mut rest = x;
-    [(); PIECES].map(|()| {
-        let piece = rest.to_bits() & 0xffff_0000;
+    [(); N].map(|()| {
+        let bits = rest.to_bits();
+        let piece = match N {
+            // Half of the last place is added; what is no number would become one.
+            2 if !rest.is_nan() => bits.wrapping_add(0x8000),
+            2 => bits | 0x0040_0000,
+            _ => bits,
+        } & 0xffff_0000;
         rest -= f32::from_bits(piece);
         (piece >> 16) as u16
     })
@@ -29,27 +35,42 @@ fn split(x: f32) -> [u16; PIECES] {
 
 /// [`split`] of as many numbers as `pieces` take.
 #[inline(always)]
-fn split_all(values: &[f32], pieces: [&mut [u16]; PIECES]) {
-    let [first, second, third] = pieces;
-    let (first, second, third) = (&mut first[..values.len()], &mut second[..values.len()], &mut third[..values.len()]);
+fn split_all<const N: usize>(values: &[f32], pieces: [&mut [u16]; N]) {
+    let pieces = pieces.map(|piece| &mut piece[..values.len()]);
     for i in 0..values.len() {
-        [first[i], second[i], third[i]] = split(values[i]);
+        let split = split::<N>(values[i]);
+        for n in 0..N {
+            pieces[n][i] = split[n];
+        }
+    }
+}
+
+/// [`split_all`] into the first `count` pieces.
+#[inline(always)]
+fn split_into(values: &[f32], count: usize, [first, second, third]: [&mut [u16]; Pieces::MOST]) {
+    match count {
+        2 => split_all(values, [first, second]),
+        _ => split_all(values, [first, second, third]),
     }
 }
 
 /// The tiles `[lanes / 16][steps][pieces]` of some lanes and elements of a left operand.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-pub(super) fn left(operand: &Operand, lanes: Range<usize>, inner: Range<usize>, tiles: &mut [Tile]) {
-    let panel = inner.len().div_ceil(STEP) * PIECES;
+pub(super) fn left(operand: &Operand, lanes: Range<usize>, inner: Range<usize>, pieces: usize, tiles: &mut [Tile]) {
+    let panel = inner.len().div_ceil(STEP) * pieces;
     for (tiles, first) in tiles.chunks_exact_mut(panel).zip(lanes.clone().step_by(ROWS)) {
-        left_panel(operand, first..lanes.end.min(first + ROWS), inner.clone(), tiles);
+        let lanes = first..lanes.end.min(first + ROWS);
+        match pieces {
+            2 => left_panel::<2>(operand, lanes, inner.clone(), tiles),
+            _ => left_panel::<3>(operand, lanes, inner.clone(), tiles),
+        }
     }
 }
 
 /// The tiles `[steps][pieces]` of up to 16 lanes.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-fn left_panel(operand: &Operand, lanes: Range<usize>, inner: Range<usize>, tiles: &mut [Tile]) {
-    let (tiles, _) = tiles.as_chunks_mut::<PIECES>();
+fn left_panel<const N: usize>(operand: &Operand, lanes: Range<usize>, inner: Range<usize>, tiles: &mut [Tile]) {
+    let (tiles, _) = tiles.as_chunks_mut::<N>();
     match operand.lanes {
         Lanes::Rows => {
             let mut buffer = [0f32; CHUNK];
@@ -94,11 +115,6 @@ fn left_panel(operand: &Operand, lanes: Range<usize>, inner: Range<usize>, tiles
     }
 }
 
-/// The pieces of each element of a right operand: bf16 is one.
-pub(super) fn right_pieces(operand: &Operand) -> usize {
-    if operand.source.bf16(0, 0, 0).is_some() { 1 } else { PIECES }
-}
-
 /// The tiles `[lanes / 16][steps][pieces]` of some lanes.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
 pub(super) fn right(operand: &Operand, lanes: Range<usize>, inner: Range<usize>, pieces: usize, tiles: &mut [Tile]) {
@@ -126,7 +142,7 @@ fn right_of_rows(source: &dyn Source, lanes: Range<usize>, inner: Range<usize>, 
     };
     (0..CHUNKS_AHEAD).for_each(prefetch);
     let avx2 = Avx2::detect();
-    let mut rows = [[[0u16; CHUNK]; ROWS]; PIECES];
+    let mut rows = [[[0u16; CHUNK]; ROWS]; Pieces::MOST];
     let mut values = [0f32; CHUNK];
     let parts = tiles.chunks_exact_mut(panel_tiles).flat_map(|panel| panel.chunks_mut(CHUNK / STEP * pieces));
     for (number, tiles) in parts.enumerate() {
@@ -143,7 +159,7 @@ fn right_of_rows(source: &dyn Source, lanes: Range<usize>, inner: Range<usize>, 
             } else {
                 let values = source.part(lanes.start + lane, part.start, len, &mut values);
                 [&mut *whole, &mut *second, &mut *third].into_iter().for_each(|row| row[len..].fill(0));
-                split_all(values, [whole, second, third]);
+                split_into(values, pieces, [whole, second, third]);
             }
         }
         for (step, tiles) in tiles.chunks_exact_mut(pieces).enumerate() {
@@ -165,21 +181,21 @@ fn right_of_columns(source: &dyn Source, lanes: Range<usize>, inner: Range<usize
         source.prefetch(row, lanes.start, width);
     }
     // The two rows of a pair, in pieces; behind the last row and lane there are zeros.
-    let mut pair = [[[0u16; MAX_COLUMNS]; PIECES]; 2];
+    let mut pair = [[[0u16; MAX_COLUMNS]; Pieces::MOST]; 2];
     let mut values = [0f32; MAX_COLUMNS];
     for number in 0..steps * (STEP / 2) {
-        for (row, pieces) in (inner.start + 2 * number..).zip(&mut pair) {
+        for (row, split) in (inner.start + 2 * number..).zip(&mut pair) {
             if row + ROWS_AHEAD < inner.end {
                 source.prefetch(row + ROWS_AHEAD, lanes.start, width);
             }
-            let [whole, second, third] = pieces;
+            let [whole, second, third] = split;
             if row >= inner.end {
                 [whole, second, third].into_iter().for_each(|row| row.fill(0));
             } else if let Some(values) = source.bf16(row, lanes.start, width) {
                 whole[..width].copy_from_slice(bytemuck::cast_slice(values));
             } else {
                 let values = source.part(row, lanes.start, width, &mut values);
-                split_all(values, [whole, second, third]);
+                split_into(values, pieces, [whole, second, third]);
             }
         }
         let (step, at) = (number / (STEP / 2), number % (STEP / 2));

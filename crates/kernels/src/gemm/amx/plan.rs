@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::kernel::SIDE;
-use super::{ROWS, STEP, pack};
+use super::{Pieces, ROWS, STEP};
 use crate::gemm::buffer::Tile;
 use crate::gemm::pack::MAX_COLUMNS;
 use crate::gemm::{Job, Term, ranges};
@@ -24,8 +24,7 @@ pub(super) struct Stretch<'a> {
     pub term: &'a Term<'a>,
     pub inner: Range<usize>,
     pub steps: usize,
-    /// Of each element on the right.
-    pub pieces: usize,
+    pub pieces: Pieces,
     /// Where its right tiles `[columns / 16][steps][pieces]` begin.
     pub first: usize,
 }
@@ -77,9 +76,9 @@ fn rounds<'a>(job: &'a Job<'a>, panels: usize, mut first: usize) -> (Vec<Vec<Str
                 depth = 0;
             }
             depth += inner.len();
-            let (steps, pieces) = (inner.len().div_ceil(STEP), pack::right_pieces(&term.right));
+            let (steps, pieces) = (inner.len().div_ceil(STEP), Pieces::of(&term.right));
             rounds.last_mut().expect("there is one").push(Stretch { term, inner, steps, pieces, first });
-            first += panels * steps * pieces;
+            first += panels * steps * pieces.right();
         }
     }
     (rounds, first)
@@ -94,7 +93,7 @@ pub(super) struct Strip<'a, 'b> {
 
 pub(super) fn strips<'a, 'b>(sheets: &'b [Sheet<'a>]) -> Vec<Strip<'a, 'b>> {
     let strips_of = |sheet: &'b Sheet<'a>| {
-        let tiles = |round: &Vec<Stretch>| round.iter().map(|stretch| stretch.steps * stretch.pieces).sum::<usize>();
+        let tiles = |round: &Vec<Stretch>| round.iter().map(|stretch| stretch.steps * stretch.pieces.right()).sum::<usize>();
         let bytes_of_a_column = sheet.rounds.iter().map(tiles).max().unwrap_or(0) * size_of::<Tile>() / ROWS;
         let most = (RIGHT_BYTES / bytes_of_a_column.max(1)).clamp(2 * SIDE, MAX_COLUMNS);
         let columns = sheet.columns.len();
@@ -114,8 +113,8 @@ pub(super) fn tasks<'a, 'b, 's>(
 ) -> Vec<(Range<usize>, &'s [Strip<'a, 'b>])> {
     const ENOUGH_ROWS: usize = 96;
     let rounds = strips.iter().flat_map(|strip| &strip.sheet.rounds);
-    let steps = rounds.map(|round| round.iter().map(|stretch| stretch.steps).sum::<usize>()).max().unwrap_or(0);
-    let bytes_of_a_row = steps * super::PIECES * size_of::<Tile>() / ROWS;
+    let tiles = |round: &Vec<Stretch>| round.iter().map(|stretch| stretch.steps * stretch.pieces.left()).sum::<usize>();
+    let bytes_of_a_row = rounds.map(tiles).max().unwrap_or(0) * size_of::<Tile>() / ROWS;
     let most = (LEFT_BYTES / bytes_of_a_row.max(1) / SIDE * SIDE).max(SIDE);
     let fewest = rows.div_ceil(most);
     let (blocks, parts) = match fewest < threads && rows < threads * ENOUGH_ROWS {

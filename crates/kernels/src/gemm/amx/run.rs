@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::kernel::{Configured, SIDE, Sums};
 use super::plan::{Stretch, Strip, groups, strips, tasks};
-use super::{Amx, PIECES, ROWS, pack};
+use super::{Amx, ROWS, pack};
 use crate::gemm::buffer::{Buffer, Lent, Tile};
 use crate::gemm::pack::{Left, MAX_COLUMNS};
 use crate::gemm::target::{Target, Task};
@@ -40,7 +40,7 @@ pub(in crate::gemm) unsafe fn compute(proof: Amx, rows: usize, jobs: &[Job], tar
             for stretch in sheet.rounds.iter().flatten() {
                 for columns in ranges(sheet.columns.len(), PACKED_COLUMNS) {
                     let part;
-                    (part, rest) = rest.split_at_mut(columns.len().div_ceil(ROWS) * stretch.steps * stretch.pieces);
+                    (part, rest) = rest.split_at_mut(columns.len().div_ceil(ROWS) * stretch.steps * stretch.pieces.right());
                     let first = sheet.columns.start;
                     parts.push((stretch, first + columns.start..first + columns.end, part));
                 }
@@ -48,7 +48,7 @@ pub(in crate::gemm) unsafe fn compute(proof: Amx, rows: usize, jobs: &[Job], tar
         }
         parts.into_par_iter().with_max_len(1).for_each(|(stretch, columns, tiles)| {
             // SAFETY: the processor has the features, as the proof says.
-            unsafe { pack::right(&stretch.term.right, columns, stretch.inner.clone(), stretch.pieces, tiles) };
+            unsafe { pack::right(&stretch.term.right, columns, stretch.inner.clone(), stretch.pieces.right(), tiles) };
         });
         let (right, strips) = (right.tiles(), strips(&group.sheets));
         let tasks = tasks(&strips, rows, rayon::current_num_threads());
@@ -66,6 +66,8 @@ pub(in crate::gemm) unsafe fn compute(proof: Amx, rows: usize, jobs: &[Job], tar
 struct Packed {
     operand: *const Left<'static>,
     inner: usize,
+    /// Of each element.
+    pieces: usize,
     first: usize,
 }
 
@@ -85,17 +87,18 @@ unsafe fn run(proof: Amx, strips: &[Strip], rows: Range<usize>, target: &Target,
         let (mut packed, mut used) = (Vec::<Packed>::new(), 0);
         for strip in strips {
             let Some(stretches) = strip.sheet.rounds.get(round) else { continue };
-            let mut place = |Stretch { term, inner, steps, .. }: &Stretch| {
-                let operand = std::ptr::from_ref(term.left).cast();
-                let known = packed.iter().find(|packed| (packed.operand, packed.inner) == (operand, inner.start));
+            let mut place = |Stretch { term, inner, steps, pieces, .. }: &Stretch| {
+                let (operand, pieces) = (std::ptr::from_ref(term.left).cast(), pieces.left());
+                let wanted = (operand, inner.start, pieces);
+                let known = packed.iter().find(|packed| (packed.operand, packed.inner, packed.pieces) == wanted);
                 if let Some(known) = known {
                     return known.first;
                 }
-                let (first, count) = (used, panels * steps * PIECES);
+                let (first, count) = (used, panels * steps * pieces);
                 used += count;
                 let tiles = &mut buffer.tiles_mut(used)[first..];
-                pack::left(term.left.operand(), rows.clone(), inner.clone(), tiles);
-                packed.push(Packed { operand, inner: inner.start, first });
+                pack::left(term.left.operand(), rows.clone(), inner.clone(), pieces, tiles);
+                packed.push(Packed { operand, inner: inner.start, pieces, first });
                 first
             };
             let places: Vec<usize> = stretches.iter().map(&mut place).collect();
@@ -137,11 +140,12 @@ unsafe fn run_strip(
         let rows_of_panels = first_row..rows.end.min(first_row + SIDE);
         let mut fresh = true;
         for (Stretch { steps, pieces, first, .. }, left) in stretches {
-            let right = &right[first + first_panel * steps * pieces..];
+            let (of_left, of_right) = (pieces.left(), pieces.right());
+            let right = &right[first + first_panel * steps * of_right..];
             for near in ranges(*steps, NEAR_STEPS) {
                 let last = near.end == *steps;
-                let left = |panel: usize| &left[panel * steps * PIECES..][near.start * PIECES..near.end * PIECES];
-                let right = |j: usize| &right[j * steps * pieces..][near.start * pieces..near.end * pieces];
+                let left = |panel: usize| &left[panel * steps * of_left..][near.start * of_left..near.end * of_left];
+                let right = |j: usize| &right[j * steps * of_right..][near.start * of_right..near.end * of_right];
                 // A last panel is multiplied twice, and the second result is not read.
                 let now = [left(panel), left((panel + 1).min(end - 1))];
                 for (j, sums) in (0..panels).step_by(2).zip(&mut *sums) {

@@ -128,7 +128,7 @@ fn values_and_gradients_are_to_the_bit_those_of_the_dequantised_weights() {
     beside_dequantised(&shapes, |found, expected, what| assert_eq!(found, expected, "{what}"));
 }
 
-/// Many rows may be multiplied by a unit that takes a packed weight's values to 17 bits.
+/// Many rows may be multiplied by a unit that takes fewer bits of packed weights than f32 has.
 #[test]
 fn values_and_gradients_of_many_rows_are_close_to_those_of_the_dequantised_weights() {
     beside_dequantised(&[([300, 800], 70), ([70, 65], 130)], |found, expected, what| {
@@ -136,7 +136,9 @@ fn values_and_gradients_of_many_rows_are_close_to_those_of_the_dequantised_weigh
             let square = |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>();
             let apart = square(&mut found.iter().zip(expected).map(|(f, e)| f - e));
             let relative = (apart / square(&mut expected.iter().copied())).sqrt();
-            eprintln!("{what}: {name} is {relative:.1e} away");
+            // The gradients begin with that of y cos y, which is steep where y is large.
+            let allowed = if *name == "y" { 6e-6 } else { 6e-5 };
+            assert!(relative < allowed, "{what}: {name} is {relative:.1e} away");
         }
     });
 }

@@ -251,16 +251,46 @@ mod tests {
         }
     }
 
+    /// A matrix of which a product need not take all bits.
+    struct Coarse<'a>(Matrix<'a>);
+
+    impl Source for Coarse<'_> {
+        fn read(&self, row: usize, first: usize, out: &mut [f32]) {
+            self.0.read(row, first, out);
+        }
+
+        fn coarse(&self) -> bool {
+            true
+        }
+    }
+
+    #[test]
+    fn a_coarse_operand_is_taken_to_sixteen_bits() {
+        let (m, k, n) = (70, 900, 100);
+        let (x, w) = (values(1, m * k), values(2, n * k));
+        let exact = expected(m, n, &[(k, &x, &transposed(n, k, &w))], &vec![0.0; m * n]);
+        let (x, w) = (Matrix::new(&x, k), Coarse(Matrix::new(&w, k)));
+        for unit in Unit::all() {
+            let left = Left::for_unit(unit, m, k, Operand::new(&x, Lanes::Rows));
+            let terms = vec![Term { left: &left, right: Operand::new(&w, Lanes::Rows) }];
+            let found = product(m, n, &[Job { first: 0, columns: n, terms, start: Start::Zero }]);
+            let square: f64 = exact.iter().map(|v| v * v).sum();
+            let apart: f64 = found.iter().zip(&exact).map(|(f, e)| (f64::from(*f) - e).powi(2)).sum();
+            assert!((apart / square).sqrt() < 6e-6, "{unit:?}");
+        }
+    }
+
     #[test]
     fn what_is_not_finite_spoils_its_row_and_no_other() {
         let (m, k, n) = (70, 40, 50);
-        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for bad in [f32::NAN, f32::from_bits(u32::MAX), f32::INFINITY, f32::NEG_INFINITY] {
             let (mut x, w) = (values(1, m * k), values(2, k * n));
             x[33 * k + 7] = bad;
             let (x, w) = (Matrix::new(&x, k), Matrix::new(&w, k));
-            for unit in Unit::all() {
+            let rights: [&dyn Source; 2] = [&w, &Coarse(w)];
+            for (unit, right) in Unit::all().into_iter().flat_map(|unit| rights.map(|right| (unit, right))) {
                 let left = Left::for_unit(unit, m, k, Operand::new(&x, Lanes::Rows));
-                let terms = vec![Term { left: &left, right: Operand::new(&w, Lanes::Rows) }];
+                let terms = vec![Term { left: &left, right: Operand::new(right, Lanes::Rows) }];
                 let found = product(m, n, &[Job { first: 0, columns: n, terms, start: Start::Zero }]);
                 let mut rows = found.chunks_exact(n).enumerate();
                 assert!(rows.all(|(i, row)| row.iter().all(|value| value.is_finite() == (i != 33))), "{unit:?} {bad}");

@@ -203,21 +203,12 @@ kernel!(
         multiply_first!(),
     ]
 );
+// All but the product of the lower pieces.
 kernel!(
     two_by_two_coarse,
     2,
     2,
-    [
-        load_right!(0),
-        load_left!(0),
-        multiply!(),
-        load_left!(1),
-        multiply!(),
-        load_right!(1),
-        multiply!(),
-        load_left!(0),
-        multiply!(),
-    ]
+    [load_right!(0), load_left!(1), multiply!(), load_left!(0), multiply!(), load_right!(1), multiply!()]
 );
 kernel!(
     two_by_one_coarse,
@@ -225,13 +216,11 @@ kernel!(
     2,
     [
         load_first_right!(0),
-        load_left!(0),
-        multiply_first!(),
         load_left!(1),
         multiply_first!(),
-        load_first_right!(1),
-        multiply_first!(),
         load_left!(0),
+        multiply_first!(),
+        load_first_right!(1),
         multiply_first!(),
     ]
 );

@@ -6,11 +6,12 @@
 //! ```text
 //! w in bf16:  (x₀ + x₁ + x₂) · w                                           exact before it is summed
 //! w in f32:   x₀w₀ + x₁w₀ + x₂w₀ + x₀w₁ + x₁w₁ + x₀w₂ (+ terms below 2⁻²⁴)   as f32 rounds a product
-//! w coarse:   (x₀ + x₁) · (w₀ + w₁)                                        x and w rounded to 2⁻¹⁸, then exact
+//! w coarse:   x₀w₀ + x₁w₀ + x₀w₁            (+ a term below 2⁻¹⁶)          after x and w are rounded to 17 bits
 //! ```
 //!
 //! A coarse weight is the value of a code in 4 or 8 bits ([`Source::coarse`](super::Source::coarse)), which stands for all
-//! weights between its neighbours: what it is worth is known to some percent. The others are f32 arithmetic at several times the rate of the vector registers (the scheme of Henry, Tang & Heinecke,
+//! weights between its neighbours: it is some percent off anyhow, and this product 4 · 10⁻⁶ (root mean square). The others
+//! are f32 arithmetic at several times the rate of the vector registers (the scheme of Henry, Tang & Heinecke,
 //! *Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations*, 2019). Two differences are
 //! left: numbers below 2⁻¹²⁶ count as zero, and an infinite operand makes NaN rather than an infinity.
 

@@ -71,6 +71,9 @@ enum Weights {
     Nf4,
 }
 
+#[global_allocator]
+static ALLOCATOR: emberlora::kernels::Allocator = emberlora::kernels::Allocator;
+
 fn main() -> Result<(), Box<dyn Error>> {
     let start = Instant::now();
     keep_freed_memory();

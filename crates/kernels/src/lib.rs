@@ -43,6 +43,8 @@ pub use linear::{
     AdapterPath, Dropout, Group, Input, LinearBodies, LinearGrads, LinearOps, LowRank, Optional, Projected, Projection,
     ProjectionAdapter, Prologue, frozen_linear, lora_linear, project,
 };
+#[cfg(feature = "allocator")]
+pub use memory::Allocator;
 pub use memory::keep_freed_memory;
 pub use norm::{NormOps, rms_norm};
 pub use rope::{RopeOps, rope};

@@ -93,7 +93,8 @@ pub(super) struct Strip<'a, 'b> {
 
 pub(super) fn strips<'a, 'b>(sheets: &'b [Sheet<'a>]) -> Vec<Strip<'a, 'b>> {
     let strips_of = |sheet: &'b Sheet<'a>| {
-        let tiles = |round: &Vec<Stretch>| round.iter().map(|stretch| stretch.steps * stretch.pieces.right()).sum::<usize>();
+        let tiles =
+            |round: &Vec<Stretch>| round.iter().map(|stretch| stretch.steps * stretch.pieces.right()).sum::<usize>();
         let bytes_of_a_column = sheet.rounds.iter().map(tiles).max().unwrap_or(0) * size_of::<Tile>() / ROWS;
         let most = (RIGHT_BYTES / bytes_of_a_column.max(1)).clamp(2 * SIDE, MAX_COLUMNS);
         let columns = sheet.columns.len();

@@ -40,7 +40,8 @@ pub(in crate::gemm) unsafe fn compute(proof: Amx, rows: usize, jobs: &[Job], tar
             for stretch in sheet.rounds.iter().flatten() {
                 for columns in ranges(sheet.columns.len(), PACKED_COLUMNS) {
                     let part;
-                    (part, rest) = rest.split_at_mut(columns.len().div_ceil(ROWS) * stretch.steps * stretch.pieces.right());
+                    (part, rest) =
+                        rest.split_at_mut(columns.len().div_ceil(ROWS) * stretch.steps * stretch.pieces.right());
                     let first = sheet.columns.start;
                     parts.push((stretch, first + columns.start..first + columns.end, part));
                 }

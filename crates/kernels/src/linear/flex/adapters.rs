@@ -162,7 +162,8 @@ impl<'a> Adapters<'a> {
             return (self.low(u), self.adapters.iter().map(|_| None).collect());
         }
         let b: Vec<Panels> = self.iter().map(Adapter::b).collect();
-        let g: Vec<Matrix> = self.adapters.iter().zip(g).filter_map(|(adapter, g)| adapter.as_ref().map(|_| *g)).collect();
+        let g: Vec<Matrix> =
+            self.adapters.iter().zip(g).filter_map(|(adapter, g)| adapter.as_ref().map(|_| *g)).collect();
         let size = self.iter().map(|adapter| adapter.gradients(self.inner)).sum::<usize>();
         // An even number of shares, so that two cores have as much to do.
         let share = self.rows.div_ceil(self.rows.div_ceil(SHARE_ROWS).next_multiple_of(2).max(1)).max(1);

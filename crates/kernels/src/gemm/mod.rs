@@ -25,7 +25,6 @@ mod amx;
 mod buffer;
 mod pack;
 mod registers;
-pub(crate) mod skinny;
 mod source;
 mod target;
 mod unit;

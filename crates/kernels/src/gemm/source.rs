@@ -1,10 +1,13 @@
 //! What products read: plain matrices, and functions of them that never exist as a whole.
 
+use std::ops::Range;
+
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use super::Source;
 use crate::activation::flex::gated;
+use crate::flex::Mat;
 use crate::simd::{prefetch, vectorised};
 use crate::{Dropout, Gate};
 
@@ -27,6 +30,11 @@ impl<'a> Matrix<'a> {
     #[inline(always)]
     pub(crate) fn from(&self, row: usize, column: usize) -> Self {
         Self { data: &self.data[(row * self.stride + column).min(self.data.len())..], stride: self.stride }
+    }
+
+    /// The first `columns` elements of some rows.
+    pub(crate) fn rows(&self, rows: Range<usize>, columns: usize) -> Mat<'a> {
+        Mat::rows_of(self.from(rows.start, 0).data, rows.len(), columns, self.stride)
     }
 }
 

@@ -1,7 +1,8 @@
 //! The CPU body, on products whose operands are made while they are packed ([`crate::gemm`]).
 //!
-//! h is packed once for all projections of a group; the adapter's product is a further stretch of the inner dimension of
-//! the frozen one; a weight stored in a narrower format is widened tile by tile.
+//! h is packed once for all projections of a group; what an adapter adds is a further stretch of the inner dimension of the
+//! frozen product; a weight stored in a narrower format is widened tile by tile. [`adapters`] has the products of h and of
+//! the gradient with A and B.
 
 mod adapters;
 mod few_rows;
@@ -19,7 +20,7 @@ use crate::gemm::{self, Gated, Job, Lanes, Left, Matrix, Normed, Operand, Source
 use crate::norm;
 use crate::weight::Weight;
 use crate::weight::flex::Stored;
-use adapters::{Adapters, Low};
+use adapters::Adapters;
 
 /// Rows up to which a product is limited by reading the weight, so that each weight is read once and used at once.
 const FEW_ROWS: usize = 4;
@@ -164,10 +165,6 @@ impl<'a> Sources<'a> {
     }
 }
 
-fn matrices<'a>(low: &'a Low, parts: &[Part]) -> Vec<Option<Matrix<'a>>> {
-    (0..parts.len()).map(|part| low.part(part)).collect()
-}
-
 /// The matrix of each part with an adapter as a left operand.
 fn lefts<'a>(rows: usize, low: &'a [Option<Matrix<'a>>], parts: &[Part]) -> Vec<Option<Left<'a>>> {
     let left = |(low, part): (&'a Option<Matrix<'a>>, &Part)| {
@@ -194,7 +191,7 @@ fn forward(
         false => {
             let left = Left::new(rows, inner, Operand::new(h, Lanes::Rows));
             let low = Adapters::new(&parts, rows, inner).hidden(h);
-            let low = matrices(&low, &parts);
+            let low = low.matrices();
             let low = lefts(rows, &low, &parts);
             let jobs: Vec<Job> = parts
                 .iter()
@@ -254,11 +251,11 @@ fn backward(
     let grad = Rows::of(grad);
     let g: Vec<Matrix> =
         parts.iter().map(|part| Matrix::new(&grad.values()[part.first.min(grad.len())..], width)).collect();
-    let left: Vec<Left> =
-        parts.iter().zip(&g).map(|(part, g)| Left::new(rows, part.columns, Operand::new(g, Lanes::Rows))).collect();
     let (u, adapters) = hidden.with(|h| Adapters::new(&parts, rows, inner).backward(h, &g));
     let dh = need_dx.then(|| {
-        let low = matrices(&u, &parts);
+        let left = |(part, g): (&Part, &'_ Matrix)| Left::new(rows, part.columns, Operand::new(g, Lanes::Rows));
+        let left: Vec<Left> = parts.iter().zip(&g).map(left).collect();
+        let low = u.matrices();
         let low = lefts(rows, &low, &parts);
         let mut terms = Vec::new();
         for i in 0..parts.len() {
@@ -278,7 +275,6 @@ fn backward(
         }
         dh
     });
-    drop(left);
     LinearGrads { dx: dh.map(|dh| hidden.backward(dh)), adapters }
 }
 

@@ -23,9 +23,12 @@ const BLOCK_BYTES: usize = 1 << 20;
 /// Most rows that are in use at one time.
 const BLOCK_ROWS: usize = 64;
 
-/// Most rows whose part of dA and dB is added up in one place. Where a sum is cut decides its last bits, so it depends on
-/// nothing but the number of rows.
+/// Rows whose part of dA and dB is added up in one place. Where a sum is cut decides its last bits, so it depends on the
+/// shapes and on nothing else.
 const SHARE_ROWS: usize = 256;
+
+/// Bytes that all those places may take together.
+const SHARES_BYTES: usize = 128 << 20;
 
 /// The adapter of a part.
 struct Adapter<'a> {
@@ -61,9 +64,10 @@ pub(super) struct Low {
 }
 
 impl Low {
-    /// The matrix of a part.
-    pub(super) fn part(&self, part: usize) -> Option<Matrix<'_>> {
-        Some(Matrix::new(&self.values, self.width).from(0, self.firsts[part]?))
+    /// The matrix of each part, if it has an adapter.
+    pub(super) fn matrices(&self) -> Vec<Option<Matrix<'_>>> {
+        let all = Matrix::new(&self.values, self.width);
+        self.firsts.iter().map(|first| Some(all.from(0, (*first)?))).collect()
     }
 }
 
@@ -165,11 +169,12 @@ impl<'a> Adapters<'a> {
         }
         let of_adapters = self.adapters.iter().zip(g).filter(|(adapter, _)| adapter.is_some());
         let g: Vec<Matrix> = of_adapters.map(|(_, g)| *g).collect();
+        let size = self.iter().map(|adapter| adapter.gradients(self.inner)).sum::<usize>();
+        let most = (SHARES_BYTES / size_of::<f32>() / size.max(1)).max(1);
         // An even number of shares, so that two cores have as much to do.
-        let shares = self.rows.div_ceil(SHARE_ROWS).next_multiple_of(2).max(1);
+        let shares = self.rows.div_ceil(SHARE_ROWS).min(most).next_multiple_of(2).max(1);
         let share = self.rows.div_ceil(shares).max(1);
         let shares = self.rows.div_ceil(share).max(1);
-        let size = self.iter().map(|adapter| adapter.gradients(self.inner)).sum::<usize>();
         let mut sums = Lent::floats(shares * size);
         let sums = sums.floats_mut(shares * size);
         sums[..size].fill(0.0); // there may be no rows

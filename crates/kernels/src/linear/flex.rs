@@ -253,8 +253,8 @@ fn backward(
         parts.iter().map(|part| Matrix::new(&grad.values()[part.first.min(grad.len())..], width)).collect();
     let (u, adapters) = hidden.with(|h| Adapters::new(&parts, rows, inner).backward(h, &g));
     let dh = need_dx.then(|| {
-        let left = |(part, g): (&Part, &'_ Matrix)| Left::new(rows, part.columns, Operand::new(g, Lanes::Rows));
-        let left: Vec<Left> = parts.iter().zip(&g).map(left).collect();
+        let left: Vec<Left> =
+            parts.iter().zip(&g).map(|(part, g)| Left::new(rows, part.columns, Operand::new(g, Lanes::Rows))).collect();
         let low = u.matrices();
         let low = lefts(rows, &low, &parts);
         let mut terms = Vec::new();

@@ -41,14 +41,14 @@ fn ten_steps_on_packed_weights_follow_peft_and_bitsandbytes() {
     }
 }
 
-/// A code of an activation jumps when the activation changes in its last bits, at another step in each implementation. How
-/// far that leads is how far one is from itself when it begins a millionth off, and two of them may each be so far off.
+/// A code of an activation jumps when the activation changes in its last bits, at another step in each implementation. Two
+/// of them agree as far as one agrees with itself when it begins a millionth off.
 #[test]
 fn ten_steps_on_activations_in_eight_bits_follow_bitsandbytes_as_far_as_it_follows_itself() {
     let allowed = |case: &Case| {
         let limit = case.sensitivities.iter().flatten().fold(0.0, |most: f64, by| most.max(*by));
         assert!((1e-4..1e-3).contains(&limit));
-        Tolerances { losses: vec![2.0 * limit; case.losses.len()], norm: 1e-3, gradients: 1e-5, factors: 1e-3 }
+        Tolerances { losses: vec![limit; case.losses.len()], norm: 1e-3, gradients: 1e-5, factors: 1e-3 }
     };
     for family in FAMILIES {
         check(family, "int8_activations", allowed);

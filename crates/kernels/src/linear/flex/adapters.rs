@@ -171,8 +171,9 @@ impl<'a> Adapters<'a> {
         let g: Vec<Matrix> = of_adapters.map(|(_, g)| *g).collect();
         let size = self.iter().map(|adapter| adapter.gradients(self.inner)).sum::<usize>();
         let most = (SHARES_BYTES / size_of::<f32>() / size.max(1)).max(1);
-        // An even number of shares, so that two cores have as much to do.
-        let shares = self.rows.div_ceil(SHARE_ROWS).min(most).next_multiple_of(2).max(1);
+        // An even number of shares, so that two cores have as much to do; but few rows are not worth being shared.
+        let even = if self.rows > BLOCK_ROWS { 2 } else { 1 };
+        let shares = self.rows.div_ceil(SHARE_ROWS).min(most).next_multiple_of(even).max(1);
         let share = self.rows.div_ceil(shares).max(1);
         let shares = self.rows.div_ceil(share).max(1);
         let mut sums = Lent::floats(shares * size);

@@ -86,3 +86,25 @@ unsafe impl GlobalAlloc for Allocator {
         }
     }
 }
+
+#[cfg(all(test, feature = "allocator"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_keeps_its_content_when_it_grows_and_shrinks_past_what_is_small() {
+        let mut layout = Layout::from_size_align(100, 64).unwrap();
+        // SAFETY: the layouts are not empty, and what is given back has the layout that it was asked for with last.
+        unsafe {
+            let mut memory = Allocator.alloc_zeroed(layout);
+            std::slice::from_raw_parts_mut(memory, 100).fill(7);
+            for size in [Allocator::SMALL, Allocator::SMALL + 1, 1 << 20, 200, 150] {
+                memory = Allocator.realloc(memory, layout, size);
+                layout = Layout::from_size_align(size, 64).unwrap();
+                assert!(memory.addr().is_multiple_of(64));
+                assert_eq!(std::slice::from_raw_parts(memory, 100), [7; 100], "{size} bytes");
+            }
+            Allocator.dealloc(memory, layout);
+        }
+    }
+}

@@ -264,18 +264,23 @@ mod tests {
     }
 
     #[test]
-    fn a_coarse_operand_is_taken_to_sixteen_bits() {
+    fn a_coarse_operand_is_taken_to_sixteen_bits_or_by_registers_to_all() {
         let (m, k, n) = (70, 900, 100);
         let (x, w) = (values(1, m * k), values(2, n * k));
         let exact = expected(m, n, &[(k, &x, &transposed(n, k, &w))], &vec![0.0; m * n]);
-        let (x, w) = (Matrix::new(&x, k), Coarse(Matrix::new(&w, k)));
+        let (x, w) = (Matrix::new(&x, k), Matrix::new(&w, k));
         for unit in Unit::all() {
             let left = Left::for_unit(unit, m, k, Operand::new(&x, Lanes::Rows));
-            let terms = vec![Term { left: &left, right: Operand::new(&w, Lanes::Rows) }];
-            let found = product(m, n, &[Job { first: 0, columns: n, terms, start: Start::Zero }]);
+            let times = |right: &dyn Source| {
+                let terms = vec![Term { left: &left, right: Operand::new(right, Lanes::Rows) }];
+                product(m, n, &[Job { first: 0, columns: n, terms, start: Start::Zero }])
+            };
+            let found = times(&Coarse(w));
             let square: f64 = exact.iter().map(|v| v * v).sum();
             let apart: f64 = found.iter().zip(&exact).map(|(f, e)| (f64::from(*f) - e).powi(2)).sum();
             assert!((apart / square).sqrt() < 6e-6, "{unit:?}");
+            // Registers have all bits, so they take them.
+            assert!(!matches!(unit, Unit::Registers(_)) || found == times(&w), "{unit:?}");
         }
     }
 

@@ -178,7 +178,9 @@ impl<'a> Adapters<'a> {
         let shares = self.rows.div_ceil(share).max(1);
         let mut sums = Lent::floats(shares * size);
         let sums = sums.floats_mut(shares * size);
-        sums[..size].fill(0.0); // there may be no rows
+        if self.rows == 0 {
+            sums.fill(0.0);
+        }
         let block = Self::block(self.inner + self.iter().map(|adapter| adapter.part.columns).sum::<usize>());
         let tasks = sums.par_chunks_exact_mut(size).zip(u.par_chunks_mut(share * self.width));
         tasks.with_max_len(1).enumerate().for_each(|(i, (sums, u))| {

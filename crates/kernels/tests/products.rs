@@ -144,6 +144,23 @@ fn weights_that_are_views_and_inputs_without_rows() {
     }
 }
 
+/// Sums are added up in memory that an earlier product has used.
+#[test]
+fn no_rows_leave_gradients_of_adapters_at_zero() {
+    let device = device();
+    let projections = projections(32, &[8, 24], DType::F32, None, false, &device);
+    let backward = |rows| {
+        let (grad, x) = (normal([rows, 32], 1.0, &device), normal([rows, 32], 1.0, &device));
+        Flex::project_backward(raw(&grad), raw(&x), Prologue::Plain, projections.clone(), false).adapters
+    };
+    let largest = |gradient| Tensor::<2>::from_primitive::<Flex>(gradient).abs().max().into_scalar::<f32>();
+    for (rows, are_zero) in [(9, false), (0, true)] {
+        for (da, db) in backward(rows).into_iter().flatten() {
+            assert_eq!([largest(da) == 0.0, largest(db) == 0.0], [are_zero; 2], "{rows} rows");
+        }
+    }
+}
+
 #[test]
 fn head_and_loss_in_chunks() {
     let device = device();
